@@ -1,0 +1,112 @@
+"""Collectives under the papers' names: the one place where bytes move.
+
+Every function takes mesh axes by name and works inside `jax.shard_map`. Axes of size
+1, and axes that no `shard_map` around the call has (the same model code runs on a
+single device), move nothing and leave no instruction in the compiled program. All
+collectives are tiled: they concatenate or split an existing dim, never add one.
+
+Layout comments use JAX's own notation: `[B, S@tensor, D]` is an array whose dim S is
+split over mesh axis `tensor`.
+"""
+
+import jax
+from jax import lax
+from jaxtyping import Array
+
+Axes = str | tuple[str, ...]
+
+
+def _names(axes: Axes) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def axis_size(axes: Axes) -> int:
+    """Number of devices along `axes` here; 1 outside of `shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    size = 1
+    for axis in _names(axes):
+        if axis in mesh.manual_axes:
+            size *= mesh.shape[axis]
+    return size
+
+
+def axis_index(axes: Axes) -> Array | int:
+    """Position of this device along `axes`, the first axis varying slowest."""
+    active = _active(axes)
+    return lax.axis_index(active) if active else 0
+
+
+def varying_axes(x: Array) -> frozenset[str]:
+    """The mesh axes along which `x` may differ between devices."""
+    return frozenset(jax.typeof(x).vma)
+
+
+def _active(axes: Axes) -> tuple[str, ...]:
+    return tuple(axis for axis in _names(axes) if axis_size(axis) > 1)
+
+
+def vary(x: Array, axes: Axes) -> Array:
+    """Marks `x` as differing along `axes`; its gradient then stays local.
+
+    Moves nothing. The backward pass sums what it marks, so code that wants to reduce
+    gradients itself marks the parameters before differentiating.
+    """
+    missing = tuple(axis for axis in _active(axes) if axis not in varying_axes(x))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def all_reduce(x: Array, axes: Axes) -> Array:
+    """Sum over `axes`; the result is the same on all of them."""
+    active = _active(axes)
+    return lax.psum(vary(x, active), active) if active else x
+
+
+def all_max(x: Array, axes: Axes) -> Array:
+    """Maximum over `axes`; not differentiable."""
+    active = _active(axes)
+    return lax.pmax(vary(x, active), active) if active else x
+
+
+def all_gather(x: Array, axes: Axes, *, dim: int) -> Array:
+    """Concatenates the shards of dim `dim` over `axes`."""
+    active = _active(axes)
+    if not active:
+        return x
+    # [..., n@axes, ...] -> [..., n, ...]
+    return lax.all_gather(vary(x, active), active, axis=dim % x.ndim, tiled=True)
+
+
+def all_gather_same(x: Array, axes: Axes, *, dim: int) -> Array:
+    """`all_gather` whose result is known to be the same on all of `axes`.
+
+    For results that leave `shard_map` unsplit; it has no gradient.
+    """
+    active = _active(axes)
+    if not active:
+        return x
+    # [..., n@axes, ...] -> [..., n, ...]
+    return lax.all_gather(x, active, axis=dim % x.ndim, tiled=True, to="invarying")
+
+
+def reduce_scatter(x: Array, axes: Axes, *, dim: int) -> Array:
+    """Sums over `axes` and leaves each device its shard of dim `dim`."""
+    active = _active(axes)
+    if not active:
+        return x
+    # [..., n, ...] partial sums -> [..., n@axes, ...]
+    return lax.psum_scatter(
+        vary(x, active), active, scatter_dimension=dim % x.ndim, tiled=True
+    )
+
+
+def shard(x: Array, axes: Axes, *, dim: int) -> Array:
+    """This device's shard of dim `dim` of an array that every device holds whole."""
+    active = _active(axes)
+    if not active:
+        return x
+    dim = dim % x.ndim
+    size = x.shape[dim] // axis_size(active)
+    # [..., n, ...] -> [..., n@axes, ...], nothing sent
+    return lax.dynamic_slice_in_dim(
+        vary(x, active), axis_index(active) * size, size, axis=dim
+    )

@@ -1,0 +1,92 @@
+"""The one device mesh: six named axes, slowest link first.
+
+All six axes always exist; an unused one has size 1, so no code asks whether a
+strategy is on. "Axis" always means a mesh axis, "dim" a dimension of an array.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+AXES = ("pipe", "replica", "data", "expert", "seq", "tensor")
+BATCH_AXES = ("replica", "data", "expert")
+"""Axes over which the batch is split; they hold different samples."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Sizes of the six mesh axes. At most one may be -1: it takes what is left."""
+
+    pipe: int = 1
+    replica: int = 1
+    data: int = -1
+    expert: int = 1
+    seq: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.asdict(self)
+        for axis, size in sizes.items():
+            if size != -1 and size < 1:
+                raise ValueError(
+                    f"mesh axis {axis!r} has size {size}; give a positive size, or "
+                    "-1 for all devices that the other axes leave"
+                )
+        if list(sizes.values()).count(-1) > 1:
+            open_axes = [axis for axis, size in sizes.items() if size == -1]
+            raise ValueError(f"only one mesh axis may be -1, not {open_axes}")
+
+    def resolve(self, num_devices: int) -> "MeshShape":
+        """The same shape with its -1 replaced, checked against `num_devices`."""
+        sizes = dataclasses.asdict(self)
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        open_axes = [axis for axis, size in sizes.items() if size == -1]
+        named = {axis: size for axis, size in sizes.items() if size not in (1, -1)}
+        if open_axes and num_devices % fixed == 0:
+            return dataclasses.replace(self, **{open_axes[0]: num_devices // fixed})
+        if not open_axes and fixed == num_devices:
+            return self
+        if open_axes:
+            problem = f"their product {fixed} does not divide {num_devices} devices"
+        else:
+            problem = f"their product is {fixed}, but there are {num_devices} devices"
+        raise ValueError(
+            f"mesh axes {named}: {problem}. Change a size, let one axis be -1 (it "
+            "takes what is left), or pass devices=jax.devices()[:n] to use only some"
+        )
+
+
+def make_mesh(
+    shape: MeshShape | None = None,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    **sizes: int,
+) -> Mesh:
+    """The device mesh with all six axes.
+
+    Args:
+        shape: axis sizes as a record; or give them by name, `make_mesh(tensor=2)`.
+            `data` defaults to -1: all devices that the other axes leave.
+        devices: the devices to use; all of them by default.
+
+    Raises:
+        ValueError: an unknown axis, or sizes that do not fit the devices.
+    """
+    unknown = set(sizes) - set(AXES)
+    if unknown:
+        raise ValueError(f"unknown mesh axes {sorted(unknown)}; the axes are {AXES}")
+    if shape is None:
+        shape = MeshShape(**sizes)
+    elif sizes:
+        raise ValueError("give the mesh either as a MeshShape or by axis names")
+    devices = list(jax.devices() if devices is None else devices)
+    resolved = shape.resolve(len(devices))
+    return jax.make_mesh(
+        tuple(getattr(resolved, axis) for axis in AXES),
+        AXES,
+        axis_types=(AxisType.Auto,) * len(AXES),
+        devices=devices,
+    )
