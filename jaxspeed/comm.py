@@ -38,7 +38,7 @@ def axis_index(axes: Axes) -> Array | int:
 
 def varying_axes(x: Array) -> frozenset[str]:
     """The mesh axes along which `x` may differ between devices."""
-    return frozenset(jax.typeof(x).vma)
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
 def _active(axes: Axes) -> tuple[str, ...]:

@@ -1,9 +1,10 @@
 """Optimizers by name, each a chain of optax pieces: clip, direction, decay, rate.
 
 The update is written for whole arrays; where state is sharded, the compiler runs it
-on the shards. Leaves may stack the layers of a model along a dim named `layers`;
-what an algorithm does per matrix (LAMB's trust ratio, Muon's orthogonalization, which
-leaves decay) is then done per layer. Papers: Adam 1412.6980, AdamW 1711.05101, LAMB
+on the shards. Leaves may stack the layers of a model along a dim named `layers`; what
+an algorithm does per matrix (LAMB's trust ratio, Muon's orthogonalization, sparing
+norms from decay) is then done per layer; only Adafactor's root mean squares are taken
+over the whole leaf. Papers: Adam 1412.6980, AdamW 1711.05101, LAMB
 1904.00962, Lion 2302.06675, Adafactor 1804.04235, Muon 2502.16982 (all arXiv), and
 Adagrad, Duchi et al., 2011.
 """
@@ -19,13 +20,17 @@ import optax
 import optax.contrib
 from jaxtyping import Array
 
+from jaxspeed import spec
 from jaxspeed.optim.schedules import Schedule, build_schedule, momentum_schedule
+from jaxspeed.spec import Leaf
 
 Name = Literal["adam", "adamw", "adagrad", "lamb", "lion", "sgd", "muon", "adafactor"]
 Decay = Literal["matrices", "all"]
 
-STACKED = "layers"
-"""Name of the dim along which a leaf holds the same weight of many layers."""
+STACKED = ("layers", "experts")
+"""Names of dims along which a leaf holds one weight per layer, or per expert."""
+TABLES = ("vocabulary", "positions")
+"""Names of dims whose entries are looked up, or predicted, by number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +47,8 @@ class Optimizer:
         weight_decay: times the learning rate, except where it is L2.
         momentum: of sgd (0 is none) and muon.
         clip_norm: gradients are scaled down to this global norm; None does not clip.
-        decay: `matrices` spares norms and biases, that is, leaves with fewer than two
-            dims besides the stack of layers; `all` spares nothing.
+        decay: which leaves weight decay acts on: `matrices` (see `is_matrix`), or
+            `all`, norms and biases too.
         trust_ratio: bounds on LAMB's ratio of norms, weight to update.
         adam_learning_rate: for muon, the peak of the leaves left to Adam (embeddings
             and all that is no matrix); Muon's own updates are then scaled by
@@ -87,11 +92,20 @@ class Optimizer:
                 f"optimizer.clip_norm is {self.clip_norm}; give a positive norm, or "
                 "None not to clip"
             )
-        for name in ("learning_rate", "epsilon", "weight_decay"):
+        for name in ("learning_rate", "adam_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"optimizer.{name} is {value}; it must be positive")
+        for name in ("epsilon", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(
                     f"optimizer.{name} is {getattr(self, name)}; it must be 0 or more"
                 )
+        if not 0 <= self.trust_ratio[0] <= self.trust_ratio[1]:
+            raise ValueError(
+                f"optimizer.trust_ratio is {self.trust_ratio}; give a lower and an "
+                "upper bound, neither negative"
+            )
         cycles = momentum_schedule(self.schedule) is not None
         if cycles and self.name not in ("adam", "adamw", "lamb", "lion", "sgd"):
             raise ValueError(
@@ -112,35 +126,64 @@ def learning_rate(optimizer: Optimizer, total_steps: int) -> optax.Schedule:
 
 
 def build(
-    optimizer: Optimizer, total_steps: int, *, dims: Any = None
+    optimizer: Optimizer, total_steps: int, *, leaves: Any = None
 ) -> optax.GradientTransformation:
     """The optax transformation for `optimizer`; its `update` needs the params.
 
     Args:
         optimizer: the rule and its numbers.
         total_steps: updates in the run, where the schedule ends.
-        dims: a pytree like the params with a tuple of dim names per leaf; None where
-            dims have no names, and then no leaf stacks layers.
+        leaves: a pytree like the params of `spec.Leaf`, which name the dims; None
+            where dims have no names, and then no leaf stacks layers.
     """
-    parts = []
-    if optimizer.clip_norm is not None:
-        parts.append(optax.clip_by_global_norm(optimizer.clip_norm))
     decay = optax.add_decayed_weights(
         optimizer.weight_decay,
-        mask=lambda params: _map(_is_matrix, params, dims)
-        if optimizer.decay == "matrices"
-        else True,
+        mask=None
+        if optimizer.decay == "all"
+        else lambda params: _map(lambda _, leaf: is_matrix(leaf), params, leaves),
     )
-    direction = _direction(optimizer, dims)
-    l2 = optimizer.name in ("adam", "adagrad", "sgd")
-    parts += [decay, direction] if l2 else [direction, decay]
+    direction = _direction(optimizer, leaves)
+    parts = [direction, decay]
+    if optimizer.name in ("adam", "adagrad", "sgd"):
+        parts = [decay, direction]
+    if optimizer.clip_norm is not None:
+        parts.insert(0, optax.clip_by_global_norm(optimizer.clip_norm))
     if optimizer.name == "lamb":
-        parts.append(_scale_by_trust_ratio(optimizer.trust_ratio, dims))
-    parts.append(optax.scale_by_learning_rate(learning_rate(optimizer, total_steps)))
-    return optax.chain(*parts)
+        parts.append(_scale_by_trust_ratio(optimizer.trust_ratio, leaves))
+    rate = learning_rate(optimizer, total_steps)
+    return optax.chain(*parts, optax.scale_by_learning_rate(rate))
 
 
-def _direction(optimizer: Optimizer, dims: Any) -> optax.GradientTransformation:
+def is_matrix(leaf: Leaf) -> bool:
+    """Whether a leaf is a weight matrix (per layer), not a norm's scale or a bias.
+
+    Where dims have names it maps from or to the dim `model`; a bias of shape
+    [heads, head] is none. Where they have none, two dims make a matrix.
+    """
+    own = [leaf.dims[dim] for dim in _own_dims(leaf)]
+    return len(own) >= 2 and ("model" in own or not any(own))
+
+
+def _own_dims(leaf: Leaf) -> tuple[int, ...]:
+    """The dims of one layer's weight."""
+    return tuple(dim for dim, name in enumerate(leaf.dims) if name not in STACKED)
+
+
+def _map(function: Callable[[Any, Leaf], Any], params: Any, leaves: Any) -> Any:
+    """Maps over params and their leaves, past what `optax.partition` masked out."""
+
+    def masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    return jax.tree.map(
+        lambda param, leaf: param if masked(param) else function(param, leaf),
+        params,
+        spec.leaves(params) if leaves is None else leaves,
+        is_leaf=masked,
+    )
+
+
+def _direction(optimizer: Optimizer, leaves: Any) -> optax.GradientTransformation:
     """What the gradient becomes before weight decay and learning rate."""
     first, second = optimizer.betas
     moving = momentum_schedule(optimizer.schedule)
@@ -166,7 +209,7 @@ def _direction(optimizer: Optimizer, dims: Any) -> optax.GradientTransformation:
                 optax.scale_by_param_block_rms(),
             )
         case "muon":
-            return _muon(optimizer, dims)
+            return _muon(optimizer, leaves)
 
 
 def _inject(
@@ -181,27 +224,73 @@ def _inject(
     return optax.inject_hyperparams(piece)(**{**numbers, first: moving})
 
 
-def _muon(optimizer: Optimizer, dims: Any) -> optax.GradientTransformation:
-    def labels(params: Any) -> Any:
-        return _map(
-            lambda leaf, names: "adam" if _matrix_dims(leaf, names) is None else "muon",
-            params,
-            dims,
-        )
+def _scale_by_trust_ratio(
+    bounds: tuple[float, float], leaves: Any
+) -> optax.GradientTransformation:
+    """LAMB's layer-wise rate: |weight| / |update| within `bounds`; 1 where one is 0."""
 
-    def numbers(params: Any) -> Any:
-        return _map(_matrix_dims, params, dims)
+    def scale(update: Array, param: Array, leaf: Leaf) -> Array:
+        dims = _own_dims(leaf)
+        weight_norm = jnp.sqrt(jnp.sum(jnp.square(param), axis=dims, keepdims=True))
+        update_norm = jnp.sqrt(jnp.sum(jnp.square(update), axis=dims, keepdims=True))
+        zero = (weight_norm == 0) | (update_norm == 0)
+        ratio = weight_norm / jnp.where(zero, 1, update_norm)
+        return update * jnp.where(zero, 1, jnp.clip(ratio, *bounds))
+
+    def update(updates: Any, params: Any) -> Any:
+        named = spec.leaves(params) if leaves is None else leaves
+        return jax.tree.map(scale, updates, params, named)
+
+    return optax.stateless(update)
+
+
+def _muon(optimizer: Optimizer, leaves: Any) -> optax.GradientTransformation:
+    """Muon on hidden matrices, Adam on the rest."""
+    adam_rate = optimizer.adam_learning_rate
+
+    def label(_: Any, leaf: Leaf) -> str:
+        return "muon" if _muon_dims(leaf) else "adam"
+
+    def numbers(_: Any, leaf: Leaf) -> optax.contrib.MuonDimensionNumbers | None:
+        dims = _muon_dims(leaf)
+        return optax.contrib.MuonDimensionNumbers(*dims) if dims else None
+
+    def shape_scale(update: Array, leaf: Leaf) -> Array:
+        dims = _muon_dims(leaf)
+        assert dims, f"parameter {leaf.path!r} is not for Muon"
+        rows, columns = (math.prod(leaf.shape[dim] for dim in side) for side in dims)
+        if adam_rate is None:
+            return update * (0.2 * math.sqrt(max(rows, columns)))
+        return update * math.sqrt(max(1, columns / rows))
 
     first, second = optimizer.betas
     adam = optax.scale_by_adam(b1=first, b2=second, eps=optimizer.epsilon)
-    if optimizer.adam_learning_rate is not None:
-        ratio = optimizer.adam_learning_rate / optimizer.learning_rate
-        adam = optax.chain(adam, optax.scale(ratio))
-    # optax's `muon` descends; a rate of -1 leaves a direction like the other pieces'.
-    muon = optax.contrib.muon(
-        learning_rate=-1.0,
-        beta=optimizer.momentum,
-        muon_weight_dimension_numbers=numbers,
-        consistent_rms=0.2 if optimizer.adam_learning_rate is None else None,
+    if adam_rate is not None:
+        adam = optax.chain(adam, optax.scale(adam_rate / optimizer.learning_rate))
+    muon = optax.chain(
+        optax.contrib.scale_by_muon(
+            beta=optimizer.momentum,
+            weight_dimension_numbers=lambda params: _map(numbers, params, leaves),
+        ),
+        optax.stateless(lambda updates, _: _map(shape_scale, updates, leaves)),
     )
-    return optax.partition({"muon": muon, "adam": adam}, labels)
+    return optax.partition(
+        {"muon": muon, "adam": adam}, lambda params: _map(label, params, leaves)
+    )
+
+
+def _muon_dims(leaf: Leaf) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """A leaf's dims as rows (in) and columns (out); None if it is not for Muon.
+
+    Tables that are looked up by index are left to Adam, and so is the projection onto
+    the vocabulary.
+    """
+    dims = _own_dims(leaf)
+    names = [leaf.dims[dim] for dim in dims]
+    if not is_matrix(leaf) or set(names) & set(TABLES):
+        return None
+    if "model" not in names:
+        return (dims[:1], dims[1:]) if len(dims) == 2 else None
+    model = (dims[names.index("model")],)
+    other = tuple(dim for dim in dims if dim not in model)
+    return (model, other) if model < other else (other, model)

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 Kind = Literal[
     "constant",
@@ -173,7 +173,7 @@ def build_schedule(
             )
     factor = _FACTORS[schedule.kind]
 
-    def learning_rate(step: Array | int) -> Float[Array, ""]:
+    def learning_rate(step: ArrayLike) -> Float[Array, ""]:
         count = jnp.asarray(step, jnp.int32)
         return peak_learning_rate * factor(schedule, count, total)
 
@@ -190,7 +190,7 @@ def momentum_schedule(schedule: Schedule) -> optax.Schedule | None:
     if schedule.kind != "OneCycle" or not cycle.cycle_momentum:
         return None
 
-    def momentum(step: Array | int) -> Float[Array, ""]:
+    def momentum(step: ArrayLike) -> Float[Array, ""]:
         count = jnp.asarray(step, jnp.int32)
         span = cycle.max_momentum - cycle.min_momentum
         cycling = cycle.max_momentum - span * _cycle_position(cycle, count)
