@@ -67,7 +67,8 @@ class Run:
     Attributes:
         steps: optimizer steps in the run; schedules end with it.
         seed: of parameters and of all randomness in training; `data.seed` orders data.
-        log_every: steps between printed lines; every step is in `metrics.jsonl`.
+        log_every: steps between printed lines where there is no terminal to show a
+            bar in; every step is in `metrics.jsonl`.
         evaluate_every: steps between evaluations on held-out data; 0 is never.
         evaluate_batches: batches in an evaluation.
     """

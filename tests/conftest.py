@@ -10,4 +10,4 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 
-jax.config.update("jax_threefry_partitionable", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -141,8 +141,9 @@ class Norm(nnx.Module):
             y = y - y.mean(axis=-1, keepdims=True)
         variance = jnp.square(y).mean(axis=-1, keepdims=True)
         y = (y * jax.lax.rsqrt(variance + self.config.epsilon)).astype(x.dtype)
-        y = y * self.scale[...]
-        return y if self.bias is None else y + self.bias[...]
+        last = (None,) * (x.ndim - 1)
+        y = y * self.scale[last]
+        return y if self.bias is None else y + self.bias[last]
 
 
 def rope_frequencies(config: PositionConfig, head_dim: int) -> np.ndarray:
@@ -164,7 +165,7 @@ def rope(
 ) -> Float[Array, "B S H K"]:
     """Rotates pairs (i, i + K/2) of features by an angle that grows with position."""
     frequency = jnp.asarray(rope_frequencies(config, x.shape[-1]))
-    angle = positions[:, :, None, None].astype(jnp.float32) * frequency
+    angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
     cosine, sine = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = (first * cosine - second * sine, second * cosine + first * sine)
@@ -293,7 +294,7 @@ class Attention(nnx.Module):
     def output(self, y: Float[Array, "B S H K"], region: tensor.Region) -> Array:
         """Back to the model dim, summed over heads: [B, S@tensor, D]."""
         y = region.leave(jnp.einsum("bshk,hkd->bsd", y, self.out[...]))
-        return y if self.out_bias is None else y + self.out_bias[...]
+        return y if self.out_bias is None else y + self.out_bias[None, None]
 
 
 class FeedForward(nnx.Module):
@@ -318,9 +319,9 @@ class FeedForward(nnx.Module):
         activation = ACTIVATIONS[self.config.activation]
         up = x @ self.up[...]
         if self.up_bias is not None:
-            up = up + self.up_bias[...]
+            up = up + self.up_bias[None, None]
         hidden = (
             activation(up) if self.gate is None else activation(x @ self.gate[...]) * up
         )
         y = region.leave(hidden @ self.down[...])
-        return y if self.down_bias is None else y + self.down_bias[...]
+        return y if self.down_bias is None else y + self.down_bias[None, None]

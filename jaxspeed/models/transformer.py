@@ -156,7 +156,7 @@ class Head(nnx.Module):
             logits = jnp.einsum("bsd,vd->bsv", x, gather(table)[...])
         else:
             logits = x @ self.projection[...]
-        columns = tensor.vocabulary_columns(logits.shape[-1])
+        columns = tensor.vocabulary_columns(logits.shape[-1])[None, None]
         lowest = jnp.finfo(logits.dtype).min
         return jnp.where(columns < self.vocab_size, logits, lowest)
 

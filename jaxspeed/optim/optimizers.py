@@ -4,33 +4,27 @@ The update is written for whole arrays; where state is sharded, the compiler run
 on the shards. Leaves may stack the layers of a model along a dim named `layers`; what
 an algorithm does per matrix (LAMB's trust ratio, Muon's orthogonalization, sparing
 norms from decay) is then done per layer; only Adafactor's root mean squares are taken
-over the whole leaf. Papers: Adam 1412.6980, AdamW 1711.05101, LAMB
-1904.00962, Lion 2302.06675, Adafactor 1804.04235, Muon 2502.16982 (all arXiv), and
-Adagrad, Duchi et al., 2011.
+over the whole leaf. Papers, on arXiv: Adam 1412.6980, AdamW 1711.05101, LAMB
+1904.00962, Lion 2302.06675, Adafactor 1804.04235; Adagrad is Duchi et al., 2011.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
-import optax.contrib
 from jaxtyping import Array
 
 from jaxspeed import spec
+from jaxspeed.optim.matrices import is_matrix, map_leaves, own_dims
+from jaxspeed.optim.muon import scale_by_muon_and_adam
 from jaxspeed.optim.schedules import Schedule, build_schedule, momentum_schedule
 from jaxspeed.spec import Leaf
 
 Name = Literal["adam", "adamw", "adagrad", "lamb", "lion", "sgd", "muon", "adafactor"]
 Decay = Literal["matrices", "all"]
-
-STACKED = ("layers", "experts")
-"""Names of dims along which a leaf holds one weight per layer, or per expert."""
-TABLES = ("vocabulary", "positions")
-"""Names of dims whose entries are looked up, or predicted, by number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +38,7 @@ class Optimizer:
             mean square.
         betas: of adam, adamw, lamb, lion, and of the leaves Muon leaves to Adam.
         epsilon: the guard in their denominators, and in adagrad's.
+        bias_correction: whether adam, adamw and lamb undo the moments' start at zero.
         weight_decay: times the learning rate, except where it is L2.
         momentum: of sgd (0 is none) and muon.
         clip_norm: gradients are scaled down to this global norm; None does not clip.
@@ -61,6 +56,7 @@ class Optimizer:
     learning_rate: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.95)
     epsilon: float = 1e-8
+    bias_correction: bool = True
     weight_decay: float = 0.1
     momentum: float = 0.9
     clip_norm: float | None = 1.0
@@ -140,7 +136,7 @@ def build(
         optimizer.weight_decay,
         mask=None
         if optimizer.decay == "all"
-        else lambda params: _map(lambda _, leaf: is_matrix(leaf), params, leaves),
+        else lambda params: map_leaves(lambda _, leaf: is_matrix(leaf), params, leaves),
     )
     direction = _direction(optimizer, leaves)
     parts = [direction, decay]
@@ -154,44 +150,14 @@ def build(
     return optax.chain(*parts, optax.scale_by_learning_rate(rate))
 
 
-def is_matrix(leaf: Leaf) -> bool:
-    """Whether a leaf is a weight matrix (per layer), not a norm's scale or a bias.
-
-    Where dims have names it maps from or to the dim `model`; a bias of shape
-    [heads, head] is none. Where they have none, two dims make a matrix.
-    """
-    own = [leaf.dims[dim] for dim in _own_dims(leaf)]
-    return len(own) >= 2 and ("model" in own or not any(own))
-
-
-def _own_dims(leaf: Leaf) -> tuple[int, ...]:
-    """The dims of one layer's weight."""
-    return tuple(dim for dim, name in enumerate(leaf.dims) if name not in STACKED)
-
-
-def _map(function: Callable[[Any, Leaf], Any], params: Any, leaves: Any) -> Any:
-    """Maps over params and their leaves, past what `optax.partition` masked out."""
-
-    def masked(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
-    return jax.tree.map(
-        lambda param, leaf: param if masked(param) else function(param, leaf),
-        params,
-        spec.leaves(params) if leaves is None else leaves,
-        is_leaf=masked,
-    )
-
-
 def _direction(optimizer: Optimizer, leaves: Any) -> optax.GradientTransformation:
     """What the gradient becomes before weight decay and learning rate."""
     first, second = optimizer.betas
     moving = momentum_schedule(optimizer.schedule)
     match optimizer.name:
         case "adam" | "adamw" | "lamb":
-            return _inject(
-                optax.scale_by_adam, moving, b1=first, b2=second, eps=optimizer.epsilon
-            )
+            adam = optax.scale_by_adam if optimizer.bias_correction else _plain_adam
+            return _inject(adam, moving, b1=first, b2=second, eps=optimizer.epsilon)
         case "lion":
             return _inject(optax.scale_by_lion, moving, b1=first, b2=second)
         case "sgd":
@@ -199,8 +165,9 @@ def _direction(optimizer: Optimizer, leaves: Any) -> optax.GradientTransformatio
                 return optax.identity()
             return _inject(optax.trace, moving, decay=optimizer.momentum)
         case "adagrad":
+            # Optax adds epsilon under the root; squared, it is the guard beside it.
             return optax.scale_by_rss(
-                initial_accumulator_value=0.0, eps=optimizer.epsilon
+                initial_accumulator_value=0.0, eps=optimizer.epsilon**2
             )
         case "adafactor":
             return optax.chain(
@@ -209,7 +176,17 @@ def _direction(optimizer: Optimizer, leaves: Any) -> optax.GradientTransformatio
                 optax.scale_by_param_block_rms(),
             )
         case "muon":
-            return _muon(optimizer, leaves)
+            own_rate = optimizer.adam_learning_rate
+            adam = optax.scale_by_adam(b1=first, b2=second, eps=optimizer.epsilon)
+            if own_rate is not None:
+                ratio = own_rate / optimizer.learning_rate
+                adam = optax.chain(adam, optax.scale(ratio))
+            return scale_by_muon_and_adam(
+                adam,
+                momentum=optimizer.momentum,
+                match_adam=own_rate is None,
+                leaves=leaves,
+            )
 
 
 def _inject(
@@ -224,13 +201,30 @@ def _inject(
     return optax.inject_hyperparams(piece)(**{**numbers, first: moving})
 
 
+def _plain_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Adam's direction without bias correction, which optax's cannot leave out."""
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        zeros = optax.tree.zeros_like(params)
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros, zeros)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+        nu = optax.tree.update_moment(updates, state.nu, b2, 2)
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
+        return updates, optax.ScaleByAdamState(state.count + 1, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
 def _scale_by_trust_ratio(
     bounds: tuple[float, float], leaves: Any
 ) -> optax.GradientTransformation:
     """LAMB's layer-wise rate: |weight| / |update| within `bounds`; 1 where one is 0."""
 
     def scale(update: Array, param: Array, leaf: Leaf) -> Array:
-        dims = _own_dims(leaf)
+        dims = own_dims(leaf)
         weight_norm = jnp.sqrt(jnp.sum(jnp.square(param), axis=dims, keepdims=True))
         update_norm = jnp.sqrt(jnp.sum(jnp.square(update), axis=dims, keepdims=True))
         zero = (weight_norm == 0) | (update_norm == 0)
@@ -242,55 +236,3 @@ def _scale_by_trust_ratio(
         return jax.tree.map(scale, updates, params, named)
 
     return optax.stateless(update)
-
-
-def _muon(optimizer: Optimizer, leaves: Any) -> optax.GradientTransformation:
-    """Muon on hidden matrices, Adam on the rest."""
-    adam_rate = optimizer.adam_learning_rate
-
-    def label(_: Any, leaf: Leaf) -> str:
-        return "muon" if _muon_dims(leaf) else "adam"
-
-    def numbers(_: Any, leaf: Leaf) -> optax.contrib.MuonDimensionNumbers | None:
-        dims = _muon_dims(leaf)
-        return optax.contrib.MuonDimensionNumbers(*dims) if dims else None
-
-    def shape_scale(update: Array, leaf: Leaf) -> Array:
-        dims = _muon_dims(leaf)
-        assert dims, f"parameter {leaf.path!r} is not for Muon"
-        rows, columns = (math.prod(leaf.shape[dim] for dim in side) for side in dims)
-        if adam_rate is None:
-            return update * (0.2 * math.sqrt(max(rows, columns)))
-        return update * math.sqrt(max(1, columns / rows))
-
-    first, second = optimizer.betas
-    adam = optax.scale_by_adam(b1=first, b2=second, eps=optimizer.epsilon)
-    if adam_rate is not None:
-        adam = optax.chain(adam, optax.scale(adam_rate / optimizer.learning_rate))
-    muon = optax.chain(
-        optax.contrib.scale_by_muon(
-            beta=optimizer.momentum,
-            weight_dimension_numbers=lambda params: _map(numbers, params, leaves),
-        ),
-        optax.stateless(lambda updates, _: _map(shape_scale, updates, leaves)),
-    )
-    return optax.partition(
-        {"muon": muon, "adam": adam}, lambda params: _map(label, params, leaves)
-    )
-
-
-def _muon_dims(leaf: Leaf) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """A leaf's dims as rows (in) and columns (out); None if it is not for Muon.
-
-    Tables that are looked up by index are left to Adam, and so is the projection onto
-    the vocabulary.
-    """
-    dims = _own_dims(leaf)
-    names = [leaf.dims[dim] for dim in dims]
-    if not is_matrix(leaf) or set(names) & set(TABLES):
-        return None
-    if "model" not in names:
-        return (dims[:1], dims[1:]) if len(dims) == 2 else None
-    model = (dims[names.index("model")],)
-    other = tuple(dim for dim in dims if dim not in model)
-    return (model, other) if model < other else (other, model)

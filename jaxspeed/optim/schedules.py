@@ -230,8 +230,9 @@ def _progress(step: Array, begin: int, end: int) -> Array:
 
 def _lr_range_test(schedule: Schedule, step: Array, total: int) -> Array:
     test = schedule.range_test
-    whole = step // test.step_size
-    interval = whole if test.staircase else step / test.step_size
+    interval = step / test.step_size
+    if test.staircase:
+        interval = jnp.floor(interval)
     return 1 + test.step_rate * interval
 
 

@@ -82,8 +82,9 @@ def collectives(
             by their position in it.
 
     Raises:
-        ValueError: this is not one optimized program, or the program runs on another number of devices than the mesh has, or it has a collective
-            whose form is not known (nothing is skipped silently).
+        ValueError: this is not one optimized program, or it runs on another number of
+            devices than the mesh has, or it has a collective whose form is not known
+            (nothing is skipped silently).
     """
     text = program if isinstance(program, str) else program.as_text()
     module = hlo.parse(text or "")

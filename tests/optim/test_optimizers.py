@@ -8,10 +8,17 @@ import pytest
 
 from jaxspeed import spec
 from jaxspeed.optim import OneCycle, Optimizer, Schedule, build, learning_rate
-from jaxspeed.optim.optimizers import is_matrix
+from jaxspeed.optim.matrices import is_matrix
 
 CONSTANT = Schedule(kind="constant")
 NAMES = ["adam", "adamw", "adagrad", "lamb", "lion", "sgd", "muon", "adafactor"]
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Optax multiplies integers by floats."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 def params_and_gradients(steps=3, seed=0):
@@ -57,6 +64,24 @@ def test_adamw_decays_matrices_only():
         for direction in adam_directions(grads, 0.9, 0.95, 1e-8):
             expected = expected - 0.1 * (direction + decay * expected)
         np.testing.assert_allclose(after[name], expected, rtol=2e-5)
+
+
+def test_bias_correction_can_be_left_out():
+    params, gradients = params_and_gradients(steps=2)
+    optimizer = Optimizer(
+        learning_rate=0.1,
+        weight_decay=0.0,
+        clip_norm=None,
+        bias_correction=False,
+        schedule=CONSTANT,
+    )
+    after = run(optimizer, params, gradients)
+    first, second = (gradient["scale"] for gradient in gradients)
+    m, v = 0.1 * first, 0.05 * first**2
+    expected = params["scale"] - 0.1 * m / np.sqrt(v)
+    m, v = 0.9 * m + 0.1 * second, 0.95 * v + 0.05 * second**2
+    expected = expected - 0.1 * m / np.sqrt(v)
+    np.testing.assert_allclose(after["scale"], expected, rtol=1e-5)
 
 
 def test_adam_adds_decay_to_the_gradient():
@@ -105,7 +130,13 @@ def test_adagrad_divides_by_the_root_of_summed_squares():
     first, second = (gradient["scale"] for gradient in gradients)
     expected = params["scale"] - 0.1 * first / np.abs(first)
     expected = expected - 0.1 * second / np.sqrt(first**2 + second**2)
-    np.testing.assert_allclose(after["scale"], expected, rtol=1e-4)
+    np.testing.assert_allclose(after["scale"], expected, rtol=1e-5)
+
+
+def test_adagrad_does_not_divide_by_zero():
+    optimizer = Optimizer(name="adagrad", learning_rate=0.1, schedule=CONSTANT)
+    after = run(optimizer, {"w": np.zeros(2)}, [{"w": np.zeros(2)}])
+    assert after["w"].tolist() == [0, 0]
 
 
 def test_lion_moves_by_the_sign():

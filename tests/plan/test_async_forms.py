@@ -257,6 +257,11 @@ def test_counted_once(mesh, program, op, axes, payload_bytes, bytes_sent):
     assert found.count == 1
 
 
+def test_tokens_are_not_operands(mesh):
+    (found,) = collectives(HEADER + SEND_AND_RECEIVE, mesh)
+    assert [str(shape) for shape in found.operands] == ["f32[16]"]
+
+
 def test_gpu_starts(mesh):
     found = collectives(HEADER + GPU_STARTS, mesh)
     x_bytes = 256 * 1024 * 2

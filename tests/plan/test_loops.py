@@ -18,7 +18,7 @@ HloModule jit_f, is_scheduled=true
   %x = f32[8]{{0}} get-tuple-element(%state), index=1
   %last = s32[] get-tuple-element(%state), index=2
   %step = s32[] constant({step})
-  %next = s32[] add(%i, %step)
+  %next = s32[] {advance}
   ROOT %new = (s32[], f32[8]{{0}}, s32[]) tuple(%next, %x, %last)
 }}
 
@@ -27,6 +27,8 @@ HloModule jit_f, is_scheduled=true
   %i = s32[] get-tuple-element(%state), index=0
   %last = s32[] get-tuple-element(%state), index=2
   %bound = s32[] constant({bound})
+  %two = s32[] constant(2)
+  %ahead = s32[] add(%two, %i)
   ROOT %compare = pred[] compare({operands}), direction={direction}
 }}
 
@@ -43,11 +45,19 @@ body=%body
 """
 
 
-def written(start=0, step=1, direction="LT", bound=5, **names):
-    names = {"operands": "%i, %bound", "first": "%copy"} | names
-    return LOOP.format(
-        start=start, step=step, direction=direction, bound=bound, **names
-    )
+DEFAULTS = {
+    "start": 0,
+    "step": 1,
+    "direction": "LT",
+    "bound": 5,
+    "operands": "%i, %bound",
+    "first": "%copy",
+    "advance": "add(%i, %step)",
+}
+
+
+def written(**changes):
+    return LOOP.format(**(DEFAULTS | changes))
 
 
 def trip_counts(text):
@@ -81,6 +91,10 @@ def trip_counts(text):
         (dict(direction="NE", step=5, bound=20), 4),
         (dict(direction="GT", operands="%bound, %i"), 5),
         (dict(operands="%i, %last"), 6),
+        (dict(operands="%ahead, %bound"), 3),
+        (dict(start=5, advance="subtract(%i, %step)", direction="GT", bound=0), 5),
+        (dict(advance="add(%last, %step)"), None),
+        (dict(advance="subtract(%step, %i)"), None),
         (dict(direction="NE", step=3, bound=20), None),
         (dict(step=0), None),
         (dict(step=-1), None),

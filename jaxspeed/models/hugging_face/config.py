@@ -116,7 +116,9 @@ def _effective(config: DecoderConfig) -> DecoderConfig:
     return dataclasses.replace(
         config,
         vocab_multiple=1,
-        position=L.PositionConfig(**{field: getattr(position, field) for field in used}),
+        position=L.PositionConfig(
+            **{field: getattr(position, field) for field in used}
+        ),
         attention=dataclasses.replace(attention, window=window, window_layers=windowed),
     )
 

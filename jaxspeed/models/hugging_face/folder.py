@@ -93,7 +93,9 @@ def open_weights(folder: Path) -> Iterator[Weights]:
                         f"{folder / INDEX} says that {tensor!r} is in {name}, which "
                         "does not hold it; the files are not of one model"
                     )
-            yield {tensor: files[name].get_slice(tensor) for tensor, name in where.items()}
+            yield {
+                tensor: files[name].get_slice(tensor) for tensor, name in where.items()
+            }
 
 
 def _read_index(folder: Path) -> dict[str, str]:

@@ -115,9 +115,7 @@ def _read_rope(raw: Json) -> L.PositionConfig:
     if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
         raise ValueError(f"{key} is {rope!r}; one flat object is supported")
     rope = {"rope_theta": raw.get("rope_theta")} | rope
-    refuse_other(
-        f"{key}.partial_rotary_factor", rope.get("partial_rotary_factor"), 1.0
-    )
+    refuse_other(f"{key}.partial_rotary_factor", rope.get("partial_rotary_factor"), 1.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPE_TYPES:
         raise ValueError(f"{key}.rope_type is {kind!r}; supported are {ROPE_TYPES}")

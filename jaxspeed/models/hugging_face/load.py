@@ -147,7 +147,9 @@ def _checked(
     """The weights under the family's full names, if they are those of `config`."""
     weights: Weights = {}
     for name, handle in found.items():
-        full = name if name == OUTPUT else family.prefix + name.removeprefix(family.prefix)
+        full = (
+            name if name == OUTPUT else family.prefix + name.removeprefix(family.prefix)
+        )
         if full in weights:
             raise ValueError(f"{full!r} is there with and without {family.prefix!r}")
         weights[full] = handle

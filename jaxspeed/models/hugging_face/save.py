@@ -1,7 +1,7 @@
 """Writes a decoder as a Hugging Face folder that `transformers` loads."""
 
 import contextlib
-import functools
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from jaxspeed.models.hugging_face.folder import (
     write_json,
     write_tensors,
 )
-from jaxspeed.models.hugging_face.layout import Stored
+from jaxspeed.models.hugging_face.layout import Sizes, Stored
 from jaxspeed.models.hugging_face.parameters import (
     layer_numbers,
     letters,
@@ -33,8 +33,15 @@ from jaxspeed.models.hugging_face.parameters import (
 )
 from jaxspeed.models.transformer import Decoder, DecoderConfig
 
-Source = tuple[spec.Leaf, Stored, int | None]
-"""A parameter, where it is stored, and the layer."""
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What one parameter gives to one stored tensor: one of its layers, or all of it."""
+
+    leaf: spec.Leaf
+    array: Any
+    layer: int | None
+    stored: Stored
 
 
 def save_pretrained(
@@ -47,14 +54,13 @@ def save_pretrained(
 ) -> None:
     """Writes a model as a Hugging Face folder, replacing the model that is there.
 
-    The family is the one whose architecture the configuration is. Arrays may be split
-    over any mesh; every process must call this, and the first one writes. Others may
-    return before the files are complete.
+    The family is the first whose architecture this is. The arrays may be split over
+    any mesh; one tensor at a time is whole. Every process must call it; the first one
+    writes, and the others may return before the files are complete.
 
     Args:
-        model: a decoder, or its parameters as nested dicts (an engine's state has
-            them), which need `config`.
-        path: the folder; created if needed. Files other than the model's stay.
+        model: a decoder; or its parameters as nested dicts, with `config`.
+        path: the folder, created if needed. Its other files stay.
         config: the architecture, where `model` is only parameters.
         max_shard_bytes: largest size of one file.
         dtype: float32, bfloat16 or float16; by default that of each parameter.
@@ -62,62 +68,96 @@ def save_pretrained(
     Raises:
         ValueError: no family has this architecture, `config` is missing or does not
             describe the parameters, or the dtype cannot be written.
-        OSError: the folder cannot be written. The old model is then still whole, or
-            the folder has no config.json.
+        OSError: the folder cannot be written. It then holds the old model, or has no
+            config.json and is refused.
     """
     if isinstance(model, Decoder):
-        config = model.config
-        model = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        config, model = model.config, nnx.state(model, nnx.Param)
     if config is None:
-        raise ValueError(
-            "parameters alone do not tell the architecture: pass config=DecoderConfig"
-        )
-    raw = to_json(config)
-    params = _by_path(model, config)
-    sources, tensors = _plan(family_of(raw).tensors, params, config, dtype)
-    files = split_files(tensors, max_shard_bytes)
+        raise ValueError("parameters do not tell their architecture: pass config=")
+    params = nnx.to_pure_dict(model) if isinstance(model, nnx.State) else model
+    raw, sizes = to_json(config), stored_sizes(config)
+    parts = _parts(params, config)
+    files = split_files(
+        [_info(name, parts[name], sizes, dtype) for name in parts], max_shard_bytes
+    )
     is_writer = jax.process_index() == 0
     with replacing_model(Path(path)) if is_writer else contextlib.nullcontext() as new:
-        for name, members in files.items():
-            values = (
-                _assemble(tensor, sources[tensor.name], params, config)
-                for tensor in members
-            )
+        for file, infos in files.items():
+            values = (_assemble(info, parts[info.name], sizes) for info in infos)
             if new is None:
                 for _ in values:  # takes part in the gathers
                     pass
             else:
-                write_tensors(new / name, members, values)
+                write_tensors(new / file, infos, values)
         if new is not None:
             _write_descriptions(new, raw, files)
 
 
-def _by_path(params: Any, config: DecoderConfig) -> dict[str, tuple[spec.Leaf, Any]]:
-    """Path -> description and array; they must be exactly those of `config`."""
-    if isinstance(params, nnx.State):
-        params = nnx.to_pure_dict(params)
-    wanted = {leaf.path: leaf for leaf in jax.tree.leaves(parameters(config))}
+def _parts(params: Any, config: DecoderConfig) -> dict[str, list[Part]]:
+    """Tensor name -> the parameters that it holds, after checking them."""
+    leaves = {leaf.path: leaf for leaf in jax.tree.leaves(parameters(config))}
     given = {
         spec.path_name(path): array
         for path, array in jax.tree_util.tree_leaves_with_path(params)
     }
-    different = sorted(
-        path
-        for path in set(wanted) | set(given)
-        if path not in wanted
-        or path not in given
-        or tuple(given[path].shape) != wanted[path].shape
-    )
+    wanted = {path: leaf.shape for path, leaf in leaves.items()}
+    shapes = {path: tuple(array.shape) for path, array in given.items()}
+    different = sorted(dict(wanted.items() ^ shapes.items()))
     if different:
-        shapes = {
-            path: (
-                tuple(given[path].shape) if path in given else None,
-                wanted[path].shape if path in wanted else None,
-            )
-            for path in different[:4]
-        }
+        path = different[0]
         raise ValueError(
-            "config does not describe these parameters; (shape given, shape of "
-            f"config): {shapes}"
+            f"config does not describe these parameters ({len(different)} differ): "
+            f"{path!r} has shape {shapes.get(path)}, config makes it {wanted.get(path)}"
         )
-    return {path: (leaf, given[path]) for path, leaf in wanted.items()}
+    table = family_of(to_json(config)).tensors
+    parts: dict[str, list[Part]] = {}
+    for path, leaf in leaves.items():
+        for layer in layer_numbers(leaf):
+            part = Part(leaf, given[path], layer, table[path])
+            parts.setdefault(part.stored.name.format(layer), []).append(part)
+    return parts
+
+
+def _info(name: str, parts: list[Part], sizes: Sizes, dtype: Any) -> TensorInfo:
+    dtype = jnp.dtype(parts[0].array.dtype if dtype is None else dtype)
+    if dtype.name not in DTYPES:
+        raise ValueError(
+            f"cannot write {name!r} as {dtype.name}; pass dtype= one of {list(DTYPES)}"
+        )
+    return TensorInfo(name, parts[0].stored.shape(sizes), dtype)
+
+
+def _assemble(info: TensorInfo, parts: list[Part], sizes: Sizes) -> np.ndarray:
+    """A whole tensor in host memory, as it is stored."""
+    tensor = np.empty(info.shape, info.dtype)
+    for part in parts:
+        value = _whole(part.array, part.layer).astype(info.dtype)
+        part.stored.put(tensor, letters(part.leaf), value, sizes)
+    return tensor
+
+
+def _whole(array: Any, layer: int | None) -> np.ndarray:
+    """An array, or one layer of a stack, gathered from all devices and processes."""
+    part = array if layer is None else array[layer]
+    if isinstance(part, jax.Array) and not part.is_fully_addressable:
+        everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())
+        part = jax.jit(_same, out_shardings=everywhere)(part)
+    return np.asarray(part)
+
+
+def _same(x: Array) -> Array:
+    return x
+
+
+def _write_descriptions(
+    folder: Path, raw: dict[str, Any], files: dict[str, list[TensorInfo]]
+) -> None:
+    infos = [info for members in files.values() for info in members]
+    if len(files) > 1:
+        where = {info.name: file for file, members in files.items() for info in members}
+        total = {"total_size": sum(info.nbytes for info in infos)}
+        write_json(folder / INDEX, {"metadata": total, "weight_map": where})
+    # Version 4 of transformers reads `torch_dtype`, version 5 `dtype`.
+    name = infos[0].dtype.name
+    write_json(folder / CONFIG, raw | {"torch_dtype": name, "dtype": name})

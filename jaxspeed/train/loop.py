@@ -1,0 +1,276 @@
+"""The main job: train a decoder on text, and go on where an earlier run stopped.
+
+A working directory holds one run: `config.json`, `metrics.jsonl`, `loss.png` and
+`checkpoints/`. The state of the data travels with each checkpoint, so a run that was
+interrupted repeats nothing and skips nothing.
+"""
+
+import dataclasses
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from flax import nnx
+from tqdm import tqdm
+
+from jaxspeed.config import Config, from_json, to_json
+from jaxspeed.data import Batches, Tokenizer, train_batches
+from jaxspeed.models.transformer import Decoder
+from jaxspeed.train.engine import Engine, initialize
+from jaxspeed.train.evaluate import HeldOut, evaluate
+from jaxspeed.train.record import Metrics, plot_loss
+from jaxspeed.train.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        engine, state: to go on with.
+        tokenizer: of the run's data.
+        held_out: figures on held-out text; None if the run was interrupted, or nothing
+            is held out.
+        step: the last step taken, of `config.run.steps`.
+        interrupted: a signal stopped it before the end; the state is saved.
+    """
+
+    engine: Engine
+    state: TrainState
+    tokenizer: Tokenizer
+    held_out: HeldOut | None
+    step: int
+    interrupted: bool
+
+
+def train(config: Config, workdir: str, say: Callable[[str], None]) -> Outcome:
+    """Runs `config` in `workdir` up to `config.run.steps`, resuming what is there.
+
+    Args:
+        config: the run. `checkpoint.directory` is `workdir/checkpoints` if not set.
+        workdir: created if missing.
+        say: prints a line for the user.
+
+    Raises:
+        ValueError: the directory holds another run, or the configuration does not fit
+            the devices or the data.
+    """
+    folder = pathlib.Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.checkpoint.directory is None:
+        place = dataclasses.replace(
+            config.checkpoint, directory=str(folder / "checkpoints")
+        )
+        config = dataclasses.replace(config, checkpoint=place)
+    tokenizer = config.data.load_tokenizer()
+    _check_vocabulary(config, tokenizer)
+    _claim(folder / "config.json", config)
+    engine = initialize(config, lambda rngs: make_decoder(config, rngs))
+
+    def look(state: TrainState) -> None:
+        _held_out(engine, state, tokenizer, record, say)
+
+    batches = train_batches(config.data, config.batch.size)
+    state, start = _start(engine, batches, config, say)
+    record = Metrics(folder / "metrics.jsonl", start) if _leads() else None
+    progress = _Progress(config, record, say, start)
+    state, last, interrupted = _steps(engine, state, batches, progress, look)
+    if last > start or not engine.steps():
+        engine.save(state, _notes(batches))
+    engine.wait()
+    held_out = None
+    if not interrupted:
+        held_out = _held_out(engine, state, tokenizer, record, say)
+    if record:
+        record.close()
+        plot_loss(folder / "metrics.jsonl", folder / "loss.png")
+    batches.close()
+    return Outcome(engine, state, tokenizer, held_out, last, interrupted)
+
+
+def make_decoder(config: Config, rngs: nnx.Rngs) -> Decoder:
+    """The model of a run."""
+    return Decoder(config.model, rngs=rngs, remat_policy=config.remat)
+
+
+def _check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens but "
+            f"model.vocab_size={config.model.vocab_size}; set "
+            f"--config.model.vocab_size={tokenizer.vocab_size}"
+        )
+
+
+def _claim(path: pathlib.Path, config: Config) -> None:
+    """Records the run's configuration; another model must not continue this one."""
+    if path.exists():
+        before = from_json(path.read_text())
+        if before.model != config.model:
+            raise ValueError(
+                f"{path.parent} holds a run of another model; give another --workdir "
+                "or remove it"
+            )
+    if jax.process_index() == 0:
+        path.write_text(to_json(config))
+
+
+def _start(
+    engine: Engine, batches: Batches, config: Config, say: Callable[[str], None]
+) -> tuple[TrainState, int]:
+    if not engine.steps():
+        return engine.init(jax.random.key(config.run.seed)), 0
+    state, notes = engine.restore()
+    batches.set_state(notes["data"])
+    step = int(state.step)
+    say(f"resuming after step {step} from {config.checkpoint.directory}")
+    return state, step
+
+
+def _notes(batches: Batches) -> dict[str, Any]:
+    return {"data": batches.get_state(), "jax": jax.__version__}
+
+
+def _steps(
+    engine: Engine,
+    state: TrainState,
+    batches: Batches,
+    progress: "_Progress",
+    look: Callable[[TrainState], None],
+) -> tuple[TrainState, int, bool]:
+    """Steps until the end or a signal; metrics are read one step late.
+
+    Reading a step's metrics waits for it, so they are read when the next step is
+    already on the device.
+    """
+    config = engine.config
+    total, save_every = config.run.steps, config.checkpoint.every
+    look_every = config.run.evaluate_every
+    last, pending = progress.start, None
+    with _stop_signal() as stopped, progress:
+        for step in range(progress.start + 1, total + 1):
+            state, metrics = engine.step(state, next(batches))
+            if pending:
+                progress.report(*pending)
+            pending, last = (step, metrics), step
+            if stopped():
+                break
+            if save_every and step % save_every == 0 and step < total:
+                engine.save(state, _notes(batches))
+            if look_every and step % look_every == 0 and step < total:
+                look(state)
+        if pending:
+            progress.report(*pending)
+    return state, last, last < total
+
+
+class _Progress:
+    """Shows a bar in a terminal, lines elsewhere; writes every step's metrics."""
+
+    def __init__(
+        self,
+        config: Config,
+        record: Metrics | None,
+        say: Callable[[str], None],
+        start: int,
+    ) -> None:
+        self.start = start
+        self._config, self._record, self._say = config, record, say
+        self._tokens = config.batch.size * config.data.sequence_length
+        self._before = time.perf_counter()
+        self._bar = tqdm(
+            total=config.run.steps,
+            initial=start,
+            unit="step",
+            disable=None if _leads() else True,  # None: off unless in a terminal
+        )
+
+    def __enter__(self) -> "_Progress":
+        self._before = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def report(self, step: int, metrics: dict[str, Any]) -> None:
+        """Waits for the step's metrics, then shows and writes them."""
+        values = {name: float(value) for name, value in metrics.items()}
+        now = time.perf_counter()
+        seconds, self._before = now - self._before, now
+        row = {
+            "step": step,
+            **values,
+            "step_seconds": seconds,
+            "tokens_per_second": self._tokens / seconds,
+        }
+        if self._record:
+            self._record.write(row)
+        speed = f"{row['tokens_per_second']:,.0f}"
+        if self._bar.disable:
+            if step % self._config.run.log_every == 0 or step == self.start + 1:
+                total = self._config.run.steps
+                loss = row["loss"]
+                self._say(f"step {step}/{total}  loss {loss:.3f}  {speed} tokens/s")
+        else:
+            self._bar.set_postfix(
+                {"loss": f"{row['loss']:.3f}", "tokens/s": speed}, refresh=False
+            )
+            self._bar.update()
+
+
+def _leads() -> bool:
+    return jax.process_index() == 0
+
+
+@contextmanager
+def _stop_signal() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM end the loop after the current step; a second Ctrl-C, now."""
+    received: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _held_out(
+    engine: Engine,
+    state: TrainState,
+    tokenizer: Tokenizer,
+    record: Metrics | None,
+    say: Callable[[str], None],
+) -> HeldOut | None:
+    """Figures on held-out text, also written to the metrics; None if there is none."""
+    config = engine.config
+    try:
+        held_out = evaluate(
+            engine,
+            state,
+            config.data,
+            batch_size=config.batch.size,
+            num_batches=config.run.evaluate_batches,
+            tokenizer=tokenizer,
+        )
+    except ValueError as error:
+        say(f"no held-out loss: {error}")
+        return None
+    if record:
+        record.write(
+            {
+                "step": int(state.step),
+                "held_out_loss": held_out.loss,
+                "held_out_bits_per_byte": held_out.bits_per_byte,
+            }
+        )
+    return held_out

@@ -1,0 +1,247 @@
+"""Logits of our decoder against `transformers` on the same random weights.
+
+    python -m tests.models.fidelity [--json]
+
+prints, for every family and variation, the largest difference of any logit: on one
+device, with the weights split over two (`tensor=2`), and of `transformers` itself after
+we wrote the model back. The tests hold each below `TOLERANCE`.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+
+from jaxspeed.mesh import make_mesh
+from jaxspeed.models import Decoder, from_pretrained, save_pretrained
+
+TOLERANCE = 1e-4
+BATCH, LENGTH = 2, 24
+ROPE_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+ROPE_LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A small model that `transformers` makes.
+
+    Attributes:
+        name: family and variation.
+        model_type: the family.
+        options: of its configuration class, over `SMALL`.
+        dtype: dtype of the files.
+        max_shard_size: of the files, as `transformers` writes it.
+    """
+
+    name: str
+    model_type: str
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    dtype: str = "float32"
+    max_shard_size: str = "1GB"
+
+
+GATED = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "max_position_embeddings": 64,
+}
+SMALL: dict[str, dict[str, Any]] = {
+    "llama": GATED,
+    "mistral": GATED | {"sliding_window": None},
+    "qwen2": GATED,
+    "qwen3": GATED,
+    "gpt2": {
+        "vocab_size": 131,
+        "n_embd": 48,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_positions": 40,
+    },
+    "bloom": {"vocab_size": 131, "hidden_size": 48, "n_layer": 3, "n_head": 4},
+}
+HALF_WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+MIXED_WINDOWS = {
+    "use_sliding_window": True,
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+CASES = (
+    Case("llama", "llama"),
+    Case("llama, one kv head", "llama", {"num_key_value_heads": 1}),
+    Case("llama, 8 kv heads", "llama", {"num_key_value_heads": 8}),
+    Case("llama, tied", "llama", {"tie_word_embeddings": True}),
+    Case("llama, head_dim 10", "llama", {"head_dim": 10}),
+    Case("llama, rope llama3", "llama", {"rope_parameters": ROPE_LLAMA3}),
+    Case("llama, rope linear", "llama", {"rope_parameters": ROPE_LINEAR}),
+    Case("llama, biases", "llama", {"attention_bias": True}),
+    Case("llama, gelu", "llama", {"hidden_act": "gelu", "rms_norm_eps": 1e-2}),
+    Case("llama, bfloat16 files", "llama", dtype="bfloat16"),
+    Case("llama, float16, shards", "llama", dtype="float16", max_shard_size="20KB"),
+    Case("mistral", "mistral", {"num_key_value_heads": 4}),
+    Case("mistral, window", "mistral", {"sliding_window": 7}),
+    Case("qwen2", "qwen2"),
+    Case("qwen2, upper windows", "qwen2", HALF_WINDOWS),
+    Case(
+        "qwen2, tied, 1 kv head",
+        "qwen2",
+        {"num_key_value_heads": 1} | {"tie_word_embeddings": True},
+    ),
+    Case("qwen3", "qwen3", {"head_dim": 10}),
+    Case("qwen3, mixed windows", "qwen3", MIXED_WINDOWS),
+    Case(
+        "qwen3, biases, shards",
+        "qwen3",
+        {"attention_bias": True},
+        max_shard_size="30KB",
+    ),
+    Case("gpt2", "gpt2"),
+    Case(
+        "gpt2, untied, n_inner", "gpt2", {"tie_word_embeddings": False, "n_inner": 56}
+    ),
+    Case(
+        "gpt2, relu, bfloat16",
+        "gpt2",
+        {"activation_function": "relu"},
+        dtype="bfloat16",
+    ),
+    Case("bloom", "bloom"),
+    Case("bloom, 6 heads", "bloom", {"n_head": 6}),
+    Case(
+        "bloom, untied, shards",
+        "bloom",
+        {"tie_word_embeddings": False},
+        max_shard_size="30KB",
+    ),
+)
+
+
+def write(case: Case, folder: Path) -> None:
+    """Writes the case's folder with `transformers`.
+
+    Every parameter is random, norms and biases too, and large enough that each of them
+    moves the logits.
+    """
+    torch.set_num_threads(1)
+    options = SMALL[case.model_type] | case.options
+    config = transformers.AutoConfig.for_model(
+        case.model_type, **options, bos_token_id=None, eos_token_id=None
+    )
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", dtype=torch.float32
+    )
+    generator = torch.Generator().manual_seed(len(case.name))
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            center = 1.0 if "norm" in name or ".ln_" in name else 0.0
+            noise = torch.randn(value.shape, generator=generator)
+            value.copy_(center + 0.3 * noise)
+    model.to(getattr(torch, case.dtype))
+    model.save_pretrained(folder, max_shard_size=case.max_shard_size)
+
+
+def load_reference(folder: Path) -> Any:
+    """The folder's model as `transformers` loads it, in float32."""
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        attn_implementation="eager",
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
+    problems = {key: value for key, value in report.items() if value}
+    if problems:
+        raise ValueError(f"transformers loads {folder} with {problems}")
+    return model.eval()
+
+
+def reference_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+    """Logits of a `transformers` model."""
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens)).logits.numpy()
+
+
+def our_logits(model: Decoder, tokens: np.ndarray) -> np.ndarray:
+    """Logits of our decoder, compiled."""
+    return np.asarray(jax.jit(lambda model, x: model(x))(model, jnp.asarray(tokens)))
+
+
+def tokens_for(case: Case) -> np.ndarray:
+    """The same random tokens every time."""
+    vocab_size = SMALL[case.model_type]["vocab_size"]
+    random = np.random.default_rng(len(case.name))
+    return random.integers(0, vocab_size, (BATCH, LENGTH), dtype=np.int32)
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """The largest differences of logits for one case."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, written = Path(scratch, "theirs"), Path(scratch, "ours")
+        tokens = tokens_for(case)
+        write(case, folder)
+        expected = reference_logits(load_reference(folder), tokens)
+        one = from_pretrained(folder)
+        mesh = make_mesh(tensor=2, devices=jax.devices()[:2])
+        two = from_pretrained(folder, mesh=mesh)
+        save_pretrained(two, written)
+        back = reference_logits(load_reference(written), tokens)
+        found = {
+            "one_device": our_logits(one, tokens),
+            "tensor_2": our_logits(two, tokens),
+            "written_back": back,
+        }
+        differences = {
+            key: float(np.abs(logits - expected).max()) for key, logits in found.items()
+        }
+        spread = float(expected.std())
+        return {"case": case.name, "logit_std": spread, **differences}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the table; 1 if a difference is above the tolerance."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(arguments)
+    jax.config.update("jax_num_cpu_devices", 2)
+    transformers.utils.logging.disable_progress_bar()
+    rows = []
+    for case in CASES:
+        rows.append(measure(case))
+        print(f"{len(rows)}/{len(CASES)} {case.name}", file=sys.stderr)
+    columns = ("one_device", "tensor_2", "written_back")
+    if options.json:
+        environment = {"jax": jax.__version__, "transformers": transformers.__version__}
+        print(
+            json.dumps({"name": "fidelity", "rows": rows, "environment": environment})
+        )
+    else:
+        print("largest difference of logits from transformers, float32")
+        print(f"{'':26}{'std':>8}" + "".join(f"{column:>14}" for column in columns))
+        for row in rows:
+            cells = "".join(f"{row[column]:14.1e}" for column in columns)
+            print(f"{row['case']:26}{row['logit_std']:8.2f}{cells}")
+    worst = max(row[column] for row in rows for column in columns)
+    return int(worst > TOLERANCE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
