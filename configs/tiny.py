@@ -1,8 +1,9 @@
 """A small decoder on Python's own source, byte by byte, with ZeRO-3.
 
-    jaxspeed train --config=configs/tiny.py --workdir=/tmp/tiny
+    jaxspeed train --config=configs/tiny.py --workdir=runs/tiny
 
-Runs on whatever devices there are. The loss (nats per byte) starts at 5.6.
+Runs on whatever devices there are; on eight simulated ones it takes a minute or two on
+two cores. The loss falls from 5.7 to about 2.1 nats per byte, on held-out text too.
 """
 
 from ml_collections import ConfigDict

@@ -285,6 +285,7 @@ def test_load_accepts_config_dict_config_and_json(tmp_path):
 @pytest.mark.parametrize(
     ("body", "error", "message"),
     [
+        ("x = = 1", ValueError, "run.py, line 2: invalid syntax"),
         ("x = 1", ValueError, "defines no function get_config"),
         ("get_config = lambda: 3", TypeError, "returned a int"),
         (

@@ -1,0 +1,16 @@
+"""Measurements behind every figure in the README: `jaxspeed bench NAME`.
+
+A bench compares within one interleaved run and reports medians and ratios.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxspeed.bench import engine, resume, zero
+
+BENCHES: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "engine": engine.run,
+    "zero": zero.run,
+    "resume": resume.run,
+}
+"""Every bench by name; each returns the rows of its table."""

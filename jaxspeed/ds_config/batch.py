@@ -46,7 +46,7 @@ def translate_batch(
         numbers[key] = integer(key, value)
         if numbers[key] < 1:
             raise ValueError(f"{key} is {value}; it must be 1 or more")
-        out.honour(key, _MEANING[key])
+        out.honour(key, _MEANING[key].format(numbers[key]))
     if unresolved:
         return
     if TRAIN not in numbers and MICRO not in numbers:
@@ -60,9 +60,9 @@ def translate_batch(
 
 
 _MEANING = {
-    TRAIN: "batch.size",
-    MICRO: "batch.size / batch.accumulation / devices that hold different data",
-    ACCUMULATION: "batch.accumulation",
+    TRAIN: "batch.size = {}",
+    MICRO: "batch.size / batch.accumulation / devices with different data = {}",
+    ACCUMULATION: "batch.accumulation = {}",
 }
 
 

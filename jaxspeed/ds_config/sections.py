@@ -82,7 +82,7 @@ def _translate_loss_scale(
         elif each != key:
             judge_by_table(each, given[each], out)
         elif number(key, given[key]) == 0:
-            out.set(key, "precision.loss_scale.static", None)
+            out.honour(key, "dynamic: precision.loss_scale.static = None")
         else:
             out.set(key, "precision.loss_scale.static", number(key, given[key]))
 

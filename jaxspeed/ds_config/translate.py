@@ -5,10 +5,11 @@ import pathlib
 import shutil
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxspeed.config import Config, freeze
+from jaxspeed.config_values import join
 from jaxspeed.ds_config.batch import KEYS, translate_batch
 from jaxspeed.ds_config.optimizer import translate_optimizer
 from jaxspeed.ds_config.reader import read
@@ -44,7 +45,8 @@ def translate(source: Source, num_data_shards: int | None = None) -> Translation
         UnknownKeyError: a key that DeepSpeed does not have.
         ValueError: malformed, contradictory, or a value of the wrong type.
     """
-    given = dict(flatten(read(source)))
+    config = read(source)
+    given = dict(flatten(config))
     out = Translation()
     for key, value in given.items():
         if key in IGNORED or key in FEATURES:
@@ -62,16 +64,18 @@ def translate(source: Source, num_data_shards: int | None = None) -> Translation
     for key, value in given.items():
         if value is None and key not in judged and key not in KEYS:
             out.ignore(key, "not set")
-    order = {key: index for index, key in enumerate(given)}
-    out.verdicts.sort(key=lambda verdict: _place(verdict.key, order))
+    order = list(_paths(config))
+    out.verdicts.sort(key=lambda verdict: order.index(verdict.key))
     return out
 
 
-def _place(key: str, order: Mapping[str, int]) -> int:
-    """Where the key, or the block that it is in, stands in the file."""
-    while key not in order and key:
-        key = key.rpartition(".")[0]
-    return order[key] if key else len(order)
+def _paths(config: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """All keys, of every depth, in the order of the file."""
+    for name, value in config.items():
+        key = join(path, name)
+        yield key
+        if isinstance(value, Mapping):
+            yield from _paths(value, key)
 
 
 def report(source: Source) -> list[Verdict]:

@@ -141,7 +141,7 @@ def judge_by_table(key: str, value: Any, out: Translation) -> None:
 def _is_on(key: str, value: Any) -> bool:
     """Whether the feature of block or key `key` is switched on."""
     feature = FEATURES[key]
-    off = [False, None, *feature.get("off", [])]
+    off = [None, *feature.get("off", [False])]
     switch = feature.get("switch")
     if value in off or switch is None:
         return value not in off

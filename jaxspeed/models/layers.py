@@ -164,8 +164,8 @@ def rope(
     x: Float[Array, "B S H K"], positions: Int[Array, "B S"], config: PositionConfig
 ) -> Float[Array, "B S H K"]:
     """Rotates pairs (i, i + K/2) of features by an angle that grows with position."""
-    frequency = jnp.asarray(rope_frequencies(config, x.shape[-1]))
-    angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
+    frequency = jnp.asarray(rope_frequencies(config, x.shape[-1]))[None, None, None]
+    angle = positions[:, :, None, None].astype(jnp.float32) * frequency
     cosine, sine = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = (first * cosine - second * sine, second * cosine + first * sine)

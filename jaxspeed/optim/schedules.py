@@ -232,7 +232,7 @@ def _lr_range_test(schedule: Schedule, step: Array, total: int) -> Array:
     test = schedule.range_test
     interval = step / test.step_size
     if test.staircase:
-        interval = jnp.floor(interval)
+        interval = (step // test.step_size).astype(jnp.float32)
     return 1 + test.step_rate * interval
 
 

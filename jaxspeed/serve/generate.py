@@ -84,11 +84,13 @@ class Setup:
         return math.prod(self.mesh.shape[axis] for axis in ROWS)
 
     @property
-    def cache(self) -> Any:
+    def cache(self) -> Cache:
         """Specs of a `Cache`."""
         heads = (tensor.AXIS,) if self.mesh.shape[tensor.AXIS] > 1 else ()
-        keys = spec.from_axes([(), spec.axes_of(self.rows, 0), (), heads])
-        return Cache(keys, keys, self.rows, PartitionSpec())
+        rows: Any = self.rows
+        keys: Any = spec.from_axes([(), spec.axes_of(rows, 0), (), heads])
+        length: Any = PartitionSpec()
+        return Cache(keys, keys, rows, length)
 
     def params(self, params: nnx.State) -> nnx.State:
         """A spec for each parameter."""
@@ -191,8 +193,9 @@ def _pad(prompts: Sequence[Sequence[int]], keys: UInt32[np.ndarray, "B W"]) -> W
     """The prompts, padded on the left; rows beyond them are padding and have ended."""
     longest = max(map(len, prompts))
     length = max(MIN_LENGTH, 2 ** math.ceil(math.log2(longest)))
-    tokens = np.zeros((len(keys), length), np.int32)
-    positions, segments = np.zeros_like(tokens), np.zeros_like(tokens)
+    tokens: Any = np.zeros((len(keys), length), np.int32)
+    positions: Any = np.zeros_like(tokens)
+    segments: Any = np.zeros_like(tokens)
     for row, prompt in enumerate(prompts):
         tokens[row, -len(prompt) :] = prompt
         positions[row, -len(prompt) :] = np.arange(len(prompt))

@@ -35,7 +35,8 @@ class Engine:
     """What `initialize` returns.
 
     Attributes:
-        init: (key) -> state, created in shards. Call it once at the start of a run.
+        init: (key, params=None) -> state, created in shards, or around parameters that
+            exist. Call it once at the start of a run.
         step: (state, batch) -> (state, metrics). The old state's buffers are reused;
             metrics are device scalars (`loss`, `grad_norm`, `skipped`, the loss's own),
             so nothing waits until they are read.

@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from jaxspeed.config import Config, from_json, to_json
 from jaxspeed.data import Batches, Tokenizer, train_batches
-from jaxspeed.models.transformer import Decoder
+from jaxspeed.models import Decoder, load_params, read_config
 from jaxspeed.train.engine import Engine, initialize
 from jaxspeed.train.evaluate import HeldOut, evaluate
+from jaxspeed.train.layout import shardings
 from jaxspeed.train.record import Metrics, plot_loss
 from jaxspeed.train.state import TrainState
 
@@ -47,13 +48,20 @@ class Outcome:
     interrupted: bool
 
 
-def train(config: Config, workdir: str, say: Callable[[str], None]) -> Outcome:
+def train(
+    config: Config,
+    workdir: str,
+    say: Callable[[str], None],
+    *,
+    pretrained: str | None = None,
+) -> Outcome:
     """Runs `config` in `workdir` up to `config.run.steps`, resuming what is there.
 
     Args:
         config: the run. `checkpoint.directory` is `workdir/checkpoints` if not set.
         workdir: created if missing.
         say: prints a line for the user.
+        pretrained: a Hugging Face folder to start from; it sets `config.model`.
 
     Raises:
         ValueError: the directory holds another run, or the configuration does not fit
@@ -66,6 +74,8 @@ def train(config: Config, workdir: str, say: Callable[[str], None]) -> Outcome:
             config.checkpoint, directory=str(folder / "checkpoints")
         )
         config = dataclasses.replace(config, checkpoint=place)
+    if pretrained is not None:
+        config = dataclasses.replace(config, model=read_config(pretrained))
     tokenizer = config.data.load_tokenizer()
     _check_vocabulary(config, tokenizer)
     _claim(folder / "config.json", config)
@@ -75,7 +85,7 @@ def train(config: Config, workdir: str, say: Callable[[str], None]) -> Outcome:
         _held_out(engine, state, tokenizer, record, say)
 
     batches = train_batches(config.data, config.batch.size)
-    state, start = _start(engine, batches, config, say)
+    state, start = _start(engine, batches, config, pretrained, say)
     record = Metrics(folder / "metrics.jsonl", start) if _leads() else None
     progress = _Progress(config, record, say, start)
     state, last, interrupted = _steps(engine, state, batches, progress, look)
@@ -120,10 +130,18 @@ def _claim(path: pathlib.Path, config: Config) -> None:
 
 
 def _start(
-    engine: Engine, batches: Batches, config: Config, say: Callable[[str], None]
+    engine: Engine,
+    batches: Batches,
+    config: Config,
+    pretrained: str | None,
+    say: Callable[[str], None],
 ) -> tuple[TrainState, int]:
     if not engine.steps():
-        return engine.init(jax.random.key(config.run.seed)), 0
+        params = None
+        if pretrained is not None:
+            places = shardings(engine.layout.optimizer, engine.mesh)
+            params = load_params(pretrained, config.model, places)
+        return engine.init(jax.random.key(config.run.seed), params), 0
     state, notes = engine.restore()
     batches.set_state(notes["data"])
     step = int(state.step)

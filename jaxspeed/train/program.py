@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import linen, nnx
 from jaxtyping import Array
 
+from jaxspeed.models.dims import dims, is_variable
 from jaxspeed.parallel.data import Loss, as_loss
-from jaxspeed.parallel.zero import SCANNED
 from jaxspeed.spec import path_name
 
 
@@ -133,7 +133,7 @@ def from_nnx(
             lambda old, new: old.replace(new),
             variables,
             nnx.State(params),
-            is_leaf=_is_variable,
+            is_leaf=is_variable,
         )
         return nnx.merge(graph, state, rest)
 
@@ -168,13 +168,9 @@ def from_linen(
     return Program(run, init)
 
 
-def _is_variable(node: Any) -> bool:
-    return isinstance(node, nnx.Variable)
-
-
 def _reseed(state: Any, key: Array) -> Any:
     """Variables for this trace: each random stream restarts from its own key."""
-    keys = iter(range(len(jax.tree.leaves(state, is_leaf=_is_variable))))
+    keys = iter(range(len(jax.tree.leaves(state, is_leaf=is_variable))))
 
     def fresh(variable: Any) -> Any:
         value = variable.get_value()
@@ -185,7 +181,7 @@ def _reseed(state: Any, key: Array) -> Any:
             value = jnp.zeros_like(value)
         return variable.replace(value)
 
-    return jax.tree.map(fresh, state, is_leaf=_is_variable)
+    return jax.tree.map(fresh, state, is_leaf=is_variable)
 
 
 def _pure(state: Any) -> Any:
@@ -193,16 +189,6 @@ def _pure(state: Any) -> Any:
 
 
 def _dims(variables: Any) -> Any:
-    """Names of dims from the variables' `dims`; stacked layers have one dim more."""
-
-    def names(variable: Any) -> tuple[str | None, ...]:
-        own = tuple(variable.get_metadata().get("dims", ()))
-        missing = len(variable.shape) - len(own)
-        return ((SCANNED,) if own else (None,)) * missing + own
-
-    named = jax.tree.map(
-        lambda v: v.replace(names(v)),
-        variables,
-        is_leaf=_is_variable,
-    )
+    """Names of dims, as a tree of tuples."""
+    named = jax.tree.map(lambda v: v.replace(dims(v)), variables, is_leaf=is_variable)
     return _pure(named)

@@ -49,7 +49,7 @@ class Step:
         gradients, loss, metrics = self._gradients(state.params, batch, key, scale)
         if scales:
             gradients = jax.tree.map(lambda g: g / scale, gradients)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm)
         state = self._update(state, gradients, finite)
         metrics |= {"loss": loss, "grad_norm": norm, "skipped": state.skipped}

@@ -62,7 +62,7 @@ def read(
         value = kind(value)
     if type(value) is not kind:
         raise ValueError(f"{key} is {value!r}; it must be of type {kind.__name__}")
-    if kind is int and value < least:
+    if isinstance(value, int) and kind is int and value < least:
         raise ValueError(f"{key} is {value}; it must be at least {least}")
     return value
 
@@ -83,4 +83,4 @@ def read_activation(raw: Json, key: str, default: str) -> str:
 
 def activation_name(ours: str) -> str:
     """The name that `transformers` has for our activation function."""
-    return {"gelu_tanh": "gelu_pytorch_tanh"}.get(ours, ours)
+    return {"gelu_tanh": "gelu_new"}.get(ours, ours)

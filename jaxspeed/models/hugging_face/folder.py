@@ -110,8 +110,8 @@ def _read_index(folder: Path) -> dict[str, str]:
     for name in sorted(set(where.values())):
         if Path(name).name != name or "\\" in name:
             raise ValueError(
-                f"{folder / INDEX} names {name!r}; only files of the same folder may be "
-                "named"
+                f"{folder / INDEX} names {name!r}; it may only name files of its own "
+                "folder"
             )
         if not (folder / name).is_file():
             raise FileNotFoundError(

@@ -224,7 +224,7 @@ def _load(
     def place(layer: int | None, shape: tuple[int, ...], sharding: Any) -> Array:
         once = functools.cache(functools.partial(read, layer))
 
-        def callback(index: tuple[slice, ...]) -> np.ndarray:
+        def callback(index: Any) -> np.ndarray:
             sizes = zip(index, shape, strict=True)
             return once(tuple(each.indices(size)[:2] for each, size in sizes))
 

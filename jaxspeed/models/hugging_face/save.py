@@ -36,7 +36,7 @@ from jaxspeed.models.transformer import Decoder, DecoderConfig
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What one parameter gives to one stored tensor: one of its layers, or all of it."""
+    """What a parameter gives to a stored tensor: all of it, or one of its layers."""
 
     leaf: spec.Leaf
     array: Any

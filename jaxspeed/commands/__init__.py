@@ -1,0 +1,1 @@
+"""The commands of `jaxspeed`, one file each; `jaxspeed.cli` reads their arguments."""
