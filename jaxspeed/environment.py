@@ -44,8 +44,9 @@ def environment() -> dict[str, Any]:
     packages = {name: _version(name) for name in (*PACKAGES, *GPU_PLUGINS)}
     try:
         devices, error = jax.devices(), None
-    except RuntimeError as problem:  # the backend that was asked for does not start
-        devices, error = [], str(problem)
+    # A backend that does not start may raise anything, an AssertionError for one.
+    except Exception as problem:
+        devices, error = [], f"{type(problem).__name__} {problem}".strip()
     backend = devices[0].platform if devices else None
     return {
         "python": platform.python_version(),
@@ -116,18 +117,17 @@ def _device_memory(device: Any) -> int | None:
 
 def _interconnect(devices: Sequence[Any]) -> dict[str, Any]:
     """What links the devices, as far as they tell; `links` is a sentence."""
-    processes = {device.process_index for device in devices}
-    network = f" within each of {len(processes)} processes, the network between them"
-    between = network if len(processes) > 1 else ""
     if len(devices) < 2:
-        return {"links": "none: fewer than two devices"}
+        return {"links": "none, fewer than two devices"}
     backend = devices[0].platform
     if backend == "tpu":
         return _torus(devices)
-    if backend == "cpu":
-        return {"links": f"shared memory{between}"}
-    # Which of the two it is, JAX does not know.
-    return {"links": f"NVLink or PCIe{between}" if backend == "gpu" else "unknown"}
+    # Which of the two a GPU has, JAX does not know.
+    links = {"cpu": "shared memory", "gpu": "NVLink or PCIe"}.get(backend, "unknown")
+    processes = len({device.process_index for device in devices})
+    if processes > 1:
+        links += f" within each of {processes} processes, the network between them"
+    return {"links": links}
 
 
 def _torus(devices: Sequence[Any]) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def _memory() -> int | None:
 
 
 def _visible_hardware(folder: pathlib.Path) -> dict[str, str]:
-    """"gpu" or "tpu" -> a device file that shows it."""
+    """The kinds of DEVICE_FILES that are there, each with a file that shows it."""
     found = {}
     for kind, patterns in DEVICE_FILES.items():
         files = sorted(file for pattern in patterns for file in folder.glob(pattern))
@@ -177,8 +177,8 @@ def _missing(facts: dict[str, Any], hardware: dict[str, str]) -> list[str]:
     missing = []
     if backend is None:
         missing.append(
-            f"devices: the backend did not start ({facts['backend_error']}); "
-            "JAX_PLATFORMS=cpu runs everything on simulated devices"
+            f"devices: JAX did not start ({facts['backend_error']}); see "
+            "JAX_PLATFORMS, with =cpu everything runs on simulated devices"
         )
     plugins = {
         "gpu": any(packages[name] for name in GPU_PLUGINS),
@@ -196,8 +196,8 @@ def _missing(facts: dict[str, Any], hardware: dict[str, str]) -> list[str]:
         missing.append(f"{kind.upper()}: {file} shows one; {problem}")
     if backend == "cpu" and not hardware:
         missing.append(
-            "accelerator: everything runs on simulated CPU devices; for eight of them "
-            "set XLA_FLAGS=--xla_force_host_platform_device_count=8"
+            "accelerator: everything runs on simulated CPU devices, as many as "
+            "--cpu-devices says"
         )
     for package, extra, purpose in (
         ("libtpu", "plan", "`jaxspeed plan` for TPU topologies"),

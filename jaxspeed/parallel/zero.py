@@ -32,6 +32,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
@@ -41,6 +42,9 @@ from jaxspeed.spec import Leaf, Rule, Sizes, all_axes, axes_of, split
 
 SCANNED = "layers"
 """Name of the dim that a layer scan walks over; it is never split by ZeRO."""
+
+GATHERED = "zero gathered"
+"""Checkpoint name of weights that are whole only while they are used."""
 
 MASTER = jnp.float32
 """Dtype of the weights that the optimizer updates, and of accumulated gradients."""
@@ -191,11 +195,11 @@ def gather(tree: Any) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _materialise(placement: Placement, value: Array, whole: Array | None) -> Array:
-    if whole is not None:
-        return whole.astype(placement.compute)
-    value = value.astype(placement.compute)
-    # [..., n@axes, ...] -> [..., n, ...]
-    return comm.all_gather(value, placement.axes, dim=placement.dim)
+    if whole is None:
+        value = value.astype(placement.compute)
+        # [..., n@axes, ...] -> [..., n, ...]
+        whole = comm.all_gather(value, placement.axes, dim=placement.dim)
+    return checkpoint_name(whole.astype(placement.compute), GATHERED)
 
 
 def _materialise_forward(placement: Placement, value: Array, whole: Array | None):
@@ -259,13 +263,26 @@ def never_saved(policy: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """`policy` for `jax.checkpoint`, except that gathered weights are not kept.
 
     The backward pass then gathers them again (the second all-gather of stage 3). With
-    no policy everything else is kept. Decided by primitive, not by a checkpoint name:
-    a name marks only its own output, and the gather before it would still be kept.
+    no policy everything else is kept.
     """
 
     def saved(primitive: Any, *args: Any, **params: Any) -> Any:
-        if primitive.name == "all_gather":
+        if primitive.name == "all_gather" or _is_gathered(params):
             return False
         return True if policy is None else policy(primitive, *args, **params)
 
     return saved
+
+
+def _is_gathered(params: dict[str, Any]) -> bool:
+    """Whether an operation's parameters hold the body of `_materialise`.
+
+    Differentiation shows a policy the call as one operation, and a checkpoint name
+    marks only its own output, so the name is looked for inside.
+    """
+    bodies = (getattr(value, "jaxpr", value) for value in params.values())
+    return params.get("name") == GATHERED or any(
+        equation.params.get("name") == GATHERED
+        for body in bodies
+        for equation in getattr(body, "eqns", ())
+    )

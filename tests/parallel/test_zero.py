@@ -107,12 +107,15 @@ def test_whole_reduced_gradients_never_exist(stage, accumulation):
     shard = (model.num_layers, model.dim, model.feed_forward.hidden_dim // 8)
     text = compiled.as_text()
     assert "f32[" + ",".join(map(str, shard)) + "]" in text
-    produced = re.findall(rf"= {re.escape(whole)}\S* (\S+?)\(", text)
-    allowed = {"parameter", "get-tuple-element", "copy", "all-gather", "bitcast"}
-    if stage == 3:
-        assert not produced
-    else:  # the parameters themselves are whole
-        assert set(produced) <= allowed
+    produced = re.findall(rf"= {re.escape(whole)}\S* (.*)", text)
+    # At stage 2 the parameters themselves are whole: given, gathered and laid out.
+    given = ("parameter(", "get-tuple-element(", "copy(", "bitcast(", "all-gather(")
+    other = [
+        line
+        for line in produced
+        if not line.startswith(given) and "calls=%wrapped_copy" not in line
+    ]
+    assert not (other if stage == 2 else produced)
 
 
 def test_stage_three_frees_gathered_layers():
@@ -151,16 +154,12 @@ def test_an_unscanned_loss_gathers_again_in_the_backward_pass():
         params=params,
         mesh=js.make_mesh(data=8),
     )
-    batch = jax.ShapeDtypeStruct((8, width), jnp.float32)
-    found = plan.collectives(engine.lower(batch).compile(), engine.mesh)
-    count = {op: 0 for op in ("all-gather", "reduce-scatter")}
-    for each in found:
-        if each.op in count:
-            count[each.op] += each.count * len(each.operands)
-    assert count["reduce-scatter"] == depth
-    # The last weight may still be there when the backward pass starts, and the first
-    # layer's backward needs no weight.
-    assert 2 * depth - 2 <= count["all-gather"] <= 2 * depth
+    # Counted before optimization: the CPU compiler drops the barrier that keeps the
+    # second gather apart. `test_tpu.py` looks at a compiled TPU program.
+    lowered = engine.lower(jax.ShapeDtypeStruct((8, width), jnp.float32)).as_text()
+    # The first layer's backward pass reads the batch, not its weight.
+    assert lowered.count('"stablehlo.all_gather"') == 2 * depth - 1
+    assert lowered.count('"stablehlo.reduce_scatter"') == depth
 
 
 def test_hand_written_layer_scan_with_gather():

@@ -403,7 +403,8 @@ def test_errors_say_what_to_do(tmp_path):
         contract.MODEL,
         attention=dataclasses.replace(contract.MODEL.attention, heads=6, kv_heads=6),
     )
-    with pytest.raises(ValueError, match=r"tensor=4 does not divide dim 'heads'.*\[1, 2, 3, 6\]"):
+    divides = r"tensor=4 does not divide dim 'kv_heads'.*one of \[1, 2, 3, 6\]"
+    with pytest.raises(ValueError, match=divides):
         js.initialize(
             js.Config(),
             lambda rngs: js.models.Decoder(model, rngs=rngs),

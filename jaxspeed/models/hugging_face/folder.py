@@ -108,10 +108,10 @@ def _read_index(folder: Path) -> dict[str, str]:
     ):
         raise ValueError(f"{folder / INDEX} has no weight_map from tensors to files")
     for name in sorted(set(where.values())):
-        if Path(name).name != name or "\\" in name:
+        if "/" in name or "\\" in name or not name.endswith(".safetensors"):
             raise ValueError(
-                f"{folder / INDEX} names {name!r}; it may only name files of its own "
-                "folder"
+                f"{folder / INDEX} names {name!r}; it may only name safetensors files "
+                "of its own folder"
             )
         if not (folder / name).is_file():
             raise FileNotFoundError(

@@ -71,35 +71,37 @@ class Stored:
             index: start and stop along each of them.
             sizes: lengths in the files; what lies beyond them is zero.
         """
-        inside = {
-            letter: (min(start, sizes[letter]), min(stop, sizes[letter]))
-            for letter, (start, stop) in index.items()
-        }
+        shape = tuple(index[c][1] - index[c][0] for c in letters)
+        inside = {c: (index[c][0], min(index[c][1], sizes[c])) for c in letters}
+        if any(start >= stop for start, stop in inside.values()):
+            return np.zeros(shape, np.float32)
+        block = self._read(source, letters, inside, sizes)
+        if block.shape == shape:
+            return block
+        padded = np.zeros(shape, block.dtype)
+        padded[tuple(map(slice, block.shape))] = block
+        return padded
+
+    def _read(
+        self, source: Any, letters: str, index: Mapping[str, Range], sizes: Sizes
+    ) -> np.ndarray:
+        """`take` where nothing lies beyond the file."""
         bounds, shape, within = [], [], []
-        order: list[str] = []
         for merged in self.factors:
-            ranges = [
-                inside[factor] if factor in inside else (self.part, self.part + 1)
-                for factor in merged
-            ]
-            lengths = [_length(factor, sizes) for factor in merged]
-            bound, outer = _bounds(ranges, lengths)
+            ranges = [index.get(c, (self.part, self.part + 1)) for c in merged]
+            bound, read = _bounds(ranges, [_length(c, sizes) for c in merged])
             bounds.append(slice(*bound))
-            shape += outer
-            order += merged
+            shape += read
+            # A factor read in part has been cut already; one read whole has not.
             within += [
-                slice(0, stop - start) if read == stop - start else slice(start, stop)
-                for (start, stop), read in zip(ranges, outer, strict=True)
+                slice(0, length) if length == stop - start else slice(start, stop)
+                for (start, stop), length in zip(ranges, read, strict=True)
             ]
         block = np.asarray(source[tuple(bounds)]).reshape(shape)[tuple(within)]
-        fused = tuple(i for i, factor in enumerate(order) if factor not in inside)
-        kept = [factor for factor in order if factor in inside]
-        block = block.squeeze(fused).transpose([kept.index(c) for c in letters])
-        missing = [
-            (0, (index[c][1] - index[c][0]) - length)
-            for c, length in zip(letters, block.shape, strict=True)
-        ]
-        return np.pad(block, missing) if any(after for _, after in missing) else block
+        order = [c for merged in self.factors for c in merged]
+        kept = [c for c in order if c in index]
+        fused = tuple(i for i, c in enumerate(order) if c not in index)
+        return block.squeeze(fused).transpose([kept.index(c) for c in letters])
 
     def put(
         self, target: np.ndarray, letters: str, value: np.ndarray, sizes: Sizes

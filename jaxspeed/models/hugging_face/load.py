@@ -129,7 +129,7 @@ def load_params(
         def read(layer: int | None, ranges: tuple[Range, ...]) -> np.ndarray:
             source = weights[stored.name.format(layer)]
             index = dict(zip(dims, ranges, strict=True))
-            return stored.take(source, dims, index, sizes).astype(dtype)
+            return stored.take(source, dims, index, sizes).astype(dtype, copy=False)
 
         return _load(leaf, sharding, read, dtype)
 
@@ -191,7 +191,12 @@ def _expected(
     sizes = stored_sizes(config)
     expected: dict[str, tuple[int, ...]] = {}
     for leaf in jax.tree.leaves(leaves):
-        stored = family.tensors[leaf.path]
+        stored = family.tensors.get(leaf.path)
+        if stored is None:
+            raise ValueError(
+                f"{family.architecture} has no parameter {leaf.path!r}; the config "
+                "must be the folder's own, as read_config gives it"
+            )
         for layer in layer_numbers(leaf):
             expected[stored.name.format(layer)] = stored.shape(sizes)
     return expected
@@ -202,15 +207,21 @@ def _resolve_tied(weights: Weights, embedding: str) -> None:
     output = weights.pop(OUTPUT, None)
     if output is None:
         return
-    table = weights.setdefault(embedding, output)
-    rows = range(0, table.get_shape()[0], 1024)
-    if table.get_shape() != output.get_shape() or not all(
-        np.array_equal(table[i : i + 1024], output[i : i + 1024]) for i in rows
-    ):
+    if not _equal(weights.setdefault(embedding, output), output):
         raise ValueError(
             f"config.json ties the output projection to the embedding, but {OUTPUT!r} "
             f"differs from {embedding!r}; set tie_word_embeddings to false"
         )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two stored tensors are the same, comparing a block of rows at a time."""
+    shape = a.get_shape()
+    if shape != b.get_shape():
+        return False
+    ends = range(1024, shape[0] + 1024, 1024)
+    blocks = [slice(end - 1024, min(end, shape[0])) for end in ends]
+    return all(np.array_equal(a[block], b[block]) for block in blocks)
 
 
 def _load(
