@@ -4,7 +4,7 @@ import argparse
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
                 "Any field of the configuration can follow: --config.zero.stage=2"
             )
             command.add_argument(
-                "--config", metavar="FILE", help="a Python file with get_config()"
+                "--config", metavar="FILE", help="a .py file with get_config(), or .gin or .json"
             )
         module.add_arguments(command)
         _add_device_arguments(command)
@@ -88,11 +88,10 @@ def _prepare_devices(arguments: argparse.Namespace) -> None:
     """Settings that must stand before JAX first looks for devices."""
     if arguments.cpu_devices < 1:
         raise ValueError(f"--cpu-devices={arguments.cpu_devices}; give at least 1")
-    if not any(pathlib.Path("/dev").glob("accel*")) and not any(
-        pathlib.Path("/dev").glob("vfio/*")
-    ):
-        # An installed libtpu would look for a TPU host on the network.
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    if not any(_device_files("accel*", "vfio/*", "nvidia*")):
+        # An installed libtpu or CUDA plugin would look for its device, at length.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", arguments.cpu_devices)
     if arguments.coordinator == "auto":
@@ -107,5 +106,7 @@ def _prepare_devices(arguments: argparse.Namespace) -> None:
         )
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _device_files(*patterns: str) -> Iterator[pathlib.Path]:
+    """Files that drivers of accelerators make."""
+    for pattern in patterns:
+        yield from pathlib.Path("/dev").glob(pattern)

@@ -145,7 +145,7 @@ def freeze(values: ConfigDict | Mapping[str, Any]) -> Config:
 
 
 def load(path: str | pathlib.Path) -> Config:
-    """The configuration in a Python file with `get_config()`, a JSON or a gin file.
+    """The configuration in a Python file with `get_config()`, or in a JSON file.
 
     `get_config` returns a `ConfigDict` made by `thaw`, or a `Config`.
 
@@ -158,10 +158,6 @@ def load(path: str | pathlib.Path) -> Config:
         raise FileNotFoundError(f"no config file {str(path)!r}")
     if path.suffix == ".json":
         return from_json(path.read_text())
-    if path.suffix == ".gin":
-        from jaxspeed import gin_config  # an optional extra, built on this module
-
-        return gin_config.load(path)
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
     except SyntaxError as error:

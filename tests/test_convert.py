@@ -66,6 +66,12 @@ def same_params(one, other):
     return jax.tree.all(jax.tree.map(np.array_equal, left, right))
 
 
+def logits(model):
+    """They do not see the padding of the vocabulary, which may change."""
+    tokens = jnp.arange(12).reshape(2, 6)
+    return jax.jit(lambda model: model(tokens))(model)
+
+
 def test_run_to_hugging_face_and_back(tmp_path):
     model = decoder()
     run = write_run(tmp_path / "run", model, scales=(3.0, 1.0))
@@ -77,7 +83,7 @@ def test_run_to_hugging_face_and_back(tmp_path):
     )
     assert json.loads((tmp_path / "hf/config.json").read_text())["model_type"]
     exported, tokenizer, _ = load_model(tmp_path / "hf")
-    assert same_params(exported, model)
+    np.testing.assert_array_equal(logits(exported), logits(model))
     assert isinstance(tokenizer, ByteTokenizer)
 
     line = convert(tmp_path / "hf", tmp_path / "again")
@@ -85,7 +91,7 @@ def test_run_to_hugging_face_and_back(tmp_path):
         f"wrote {tmp_path / 'again'}: a run folder with a checkpoint"
     )
     again, tokenizer, config = load_model(tmp_path / "again")
-    assert same_params(again, model)
+    np.testing.assert_array_equal(logits(again), logits(model))
     assert config == from_json((tmp_path / "again/config.json").read_text())
     assert config.model == again.config
     assert isinstance(tokenizer, ByteTokenizer)

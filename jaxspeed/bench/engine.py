@@ -58,9 +58,7 @@ def run() -> list[dict[str, Any]]:
 
 
 def _program() -> train.Program:
-    return train.from_nnx(
-        lambda rngs: Decoder(MODEL, rngs=rngs, remat_policy="none")
-    )
+    return train.from_nnx(lambda rngs: Decoder(MODEL, rngs=rngs, remat_policy="none"))
 
 
 def _hand_written(batch: Any) -> Callable[[], Array]:

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from jaxspeed import gin_config
 from jaxspeed.config import Config, load, override
-from jaxspeed.models import to_decoder
+from jaxspeed.models.hugging_face.parameters import to_decoder
 from jaxspeed.serve import Sampling, generate
 from jaxspeed.train.default import default_config
 from jaxspeed.train.loop import Outcome, train
@@ -29,8 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Trains; 0 when the run is complete, 130 when it was interrupted."""
-    base = load(arguments.config) if arguments.config else default_config()
-    config = override(base, overrides)
+    config = override(_base(arguments.config), overrides)
     _say(_headline(config))
     outcome = train(config, arguments.workdir, _say, pretrained=arguments.pretrained)
     if outcome.interrupted:
@@ -42,6 +42,12 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         return 130
     _summary(outcome, arguments.workdir)
     return 0
+
+
+def _base(path: str | None) -> Config:
+    if path is None:
+        return default_config()
+    return gin_config.load(path) if path.endswith(".gin") else load(path)
 
 
 def _say(line: str) -> None:

@@ -153,9 +153,7 @@ def _engine(config: Config, step: Step, shapes: Any) -> Engine:
         places,
     )
     create = jax.jit(lambda key: _create(step, key), out_shardings=places)
-    adopt = jax.jit(
-        lambda params, key: _adopt(step, params, key), out_shardings=places
-    )
+    adopt = jax.jit(lambda params, key: _adopt(step, params, key), out_shardings=places)
     train = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
     evaluate = jax.jit(step.evaluate)
 
@@ -252,9 +250,9 @@ def place_batch(batch: Any, mesh: Mesh, accumulation: int) -> Any:
             )
     places = shardings(batch_specs(jax.tree.map(_shaped, batch), mesh), mesh)
     return jax.tree.map(
-        lambda x, place: x
-        if isinstance(x, jax.Array) and x.sharding == place
-        else _put(x, place),
+        lambda x, place: (
+            x if isinstance(x, jax.Array) and x.sharding == place else _put(x, place)
+        ),
         batch,
         places,
     )

@@ -74,7 +74,11 @@ class Step:
         return jax.shard_map(
             local,
             mesh=self.mesh,
-            in_specs=(self.layout.params, batch_specs(batch, self.mesh), PartitionSpec()),
+            in_specs=(
+                self.layout.params,
+                batch_specs(batch, self.mesh),
+                PartitionSpec(),
+            ),
             out_specs=PartitionSpec(),
         )(params, batch, key)
 
@@ -137,9 +141,9 @@ class Step:
         def body(carry: tuple[Any, Loss], index: Array):
             gradients, loss = carry
             one = jax.tree.map(
-                lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False)
-                if x.ndim
-                else x,
+                lambda x: (
+                    lax.dynamic_index_in_dim(x, index, keepdims=False) if x.ndim else x
+                ),
                 slices,
             )
             new, part = microbatch(one, jax.random.fold_in(key, index))
@@ -206,14 +210,16 @@ class Step:
         )
 
     def params_of(self, masters: Any) -> Any:
-        """Column one of ZeRO's table from the updated shards: gathered at stage 1, 2."""
+        """Column one of ZeRO's table from updated shards; gathered at stages 1, 2."""
         dtype = self.precision.dtype if self.layout.has_master else zero.MASTER
 
         def local(masters: Any) -> Any:
             return jax.tree.map(
-                lambda master, place: zero.gather_updated(place, master.astype(dtype))
-                if place.stage in (1, 2)
-                else master.astype(dtype),
+                lambda master, place: (
+                    zero.gather_updated(place, master.astype(dtype))
+                    if place.stage in (1, 2)
+                    else master.astype(dtype)
+                ),
                 masters,
                 self.layout.placements,
             )

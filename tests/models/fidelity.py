@@ -31,7 +31,7 @@ ROPE_LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
+    "original_max_position_embeddings": 256,  # every band has a frequency
 }
 ROPE_LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}
 
@@ -211,8 +211,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
-    jax.config.update("jax_platforms", "cpu")  # float32 matmuls are exact there
-    jax.config.update("jax_num_cpu_devices", 2)
     transformers.utils.logging.disable_progress_bar()
     rows = []
     for case in CASES:
@@ -226,7 +224,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
     else:
         print("largest difference of logits from transformers, float32")
-        print(f"{'':30}{'std':>8}" + "".join(f"{column:>14}" for column in columns))
+        titles = ("1 device", "tensor=2", "written back")
+        print(f"{'':30}{'std':>8}" + "".join(f"{title:>14}" for title in titles))
         for row in rows:
             cells = "".join(f"{row[column]:14.1e}" for column in columns)
             print(f"{row['case']:30}{row['logit_std']:8.2f}{cells}")
@@ -235,4 +234,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # float32 matmuls are float32 there
+    jax.config.update("jax_num_cpu_devices", 2)
     sys.exit(main())

@@ -73,6 +73,17 @@ def test_the_same_inside_shard_map(name, tmp_path):
         np.testing.assert_array_equal(both[0], both[1])
 
 
+def test_the_fidelity_command(monkeypatch, capsys):
+    monkeypatch.setattr(fidelity, "CASES", fidelity.CASES[:1])
+    assert fidelity.main(["--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["name"] == "fidelity"
+    assert [row["case"] for row in report["rows"]] == ["llama"]
+    monkeypatch.setattr(fidelity, "TOLERANCE", 0.0)
+    assert fidelity.main([]) == 1
+    assert "1 device" in capsys.readouterr().out
+
+
 def test_shards_lie_where_the_rules_say(tmp_path):
     written("llama, 1 kv head, tied", tmp_path)
     whole = from_pretrained(tmp_path)

@@ -138,6 +138,10 @@ def test_windows_of_qwen(given, windows):
         ({"hidden_size": 64.0}, "hidden_size is 64.0; it must be of type int"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0; it must be at least 1"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1; .* type bool"),
+        (
+            {"hidden_size": 66},
+            "hidden_size=66 is not a multiple of num_attention_heads=8",
+        ),
         ({"num_key_value_heads": 3}, "heads=8 is not a multiple of .*kv_heads=3"),
         ({"hidden_act": "xielu"}, r"hidden_act is 'xielu'; supported are \['gelu'"),
         ({"mlp_bias": True}, "mlp_bias is True; only False is supported"),
@@ -206,6 +210,7 @@ def replace(config: DecoderConfig = MODEL, **parts: Any) -> DecoderConfig:
         ("llama", replace(position={"scaling": "linear", "factor": 2.0})),
         ("llama", replace(position={"kind": "rope", "factor": 3.0})),  # no effect
         ("llama", replace(attention={"window_layers": (1,)})),  # no effect
+        ("mistral", replace(attention={"heads": 6, "kv_heads": 2})),  # 64 % 6
         ("mistral", replace(attention={"window": 16})),
         ("mistral", replace(attention={"window": 16, "window_layers": (0, 1, 2, 3)})),
         ("qwen2", replace(attention={"qkv_bias": True})),

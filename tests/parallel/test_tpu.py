@@ -82,9 +82,7 @@ def test_an_unscanned_loss_does_not_keep_gathered_weights():
             x = jnp.tanh(x @ weight)
         return jnp.mean(x**2)
 
-    description = topologies.get_topology_desc(
-        platform="tpu", topology_name="v5e:2x4"
-    )
+    description = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
     engine = js.initialize(
         js.Config(zero=js.Zero(stage=3, min_size=1)),
         loss,

@@ -19,7 +19,10 @@ from jaxspeed.spec import Leaf
 SIZES = dict(pipe=1, replica=1, data=4, expert=1, seq=2, tensor=2)
 
 
-def split(shape, spec=P(), *, dims=None, min_size=1, **sizes):
+WHOLE = P()
+
+
+def split(shape, spec=WHOLE, *, dims=None, min_size=1, **sizes):
     leaf = Leaf("leaf", shape, dims or (None,) * len(shape))
     config = js.Zero(stage=3, min_size=min_size)
     return zero.rule(config, {**SIZES, **sizes})(leaf, spec)
@@ -43,14 +46,14 @@ def test_takes_the_largest_subset_of_axes_that_divides():
 
 
 def test_leaves_whole_what_nothing_divides_or_is_small():
-    assert split((7, 5)) == P()
-    assert split((8, 8), min_size=65) == P()
+    assert split((7, 5)) == WHOLE
+    assert split((8, 8), min_size=65) == WHOLE
 
 
 def test_never_splits_the_dim_of_the_layer_scan():
-    assert split((8, 3), dims=("layers", None)) == P()
+    assert split((8, 3), dims=("layers", None)) == WHOLE
     # The threshold is per layer: 8 layers of 16 elements are small leaves.
-    assert split((8, 16), dims=("layers", None), min_size=17) == P()
+    assert split((8, 16), dims=("layers", None), min_size=17) == WHOLE
 
 
 def test_replicated_leaves_are_reported():

@@ -223,8 +223,11 @@ def test_metrics_and_unequal_weights():
         )
         state, metrics = engine.step(engine.init(jax.random.key(0)), batch)
         results.append(
-            [float(metrics["loss"]), float(metrics["absolute"])]
-            + np.asarray(state.params["w"]).ravel().tolist()
+            [
+                float(metrics["loss"]),
+                float(metrics["absolute"]),
+                *np.asarray(state.params["w"]).ravel().tolist(),
+            ]
         )
     error = (batch["x"][:5] @ np.ones((WIDTH, 1)) - batch["y"][:5]) ** 2
     assert results[0][0] == pytest.approx(error.mean(), rel=1e-5)
@@ -280,9 +283,7 @@ def overflow_engine(**scale):
     """Gradients overflow float16 exactly where the batch is large."""
     return js.initialize(
         js.Config(
-            precision=js.Precision(
-                compute="float16", loss_scale=js.LossScale(**scale)
-            )
+            precision=js.Precision(compute="float16", loss_scale=js.LossScale(**scale))
         ),
         lambda p, batch, key: jnp.mean(
             p["w"] * jnp.asarray(batch["x"], p["w"].dtype)
@@ -383,7 +384,7 @@ def test_errors_say_what_to_do(tmp_path):
         engine = engine_for(0, dict(data=8), optax.sgd(0.1))
         batch = jax.tree.map(lambda x: x[:12], samples())
         engine.step(engine.init(jax.random.key(0)), batch)
-    with pytest.raises(ValueError, match="seq=2.*not built yet"):
+    with pytest.raises(ValueError, match=r"seq=2.*not built yet"):
         engine_for(0, dict(seq=2), optax.sgd(0.1))
     with pytest.raises(TypeError, match="loss=lambda model, batch, key"):
         js.initialize(js.Config(), Module, optax.sgd(0.1))

@@ -80,7 +80,10 @@ def to_json(config: DecoderConfig) -> Json:
     misfits: dict[str, list[str]] = {}
     for name, family in FAMILIES.items():
         raw = family.write(config)
-        misfits[name] = _differences(config, _effective(family.read(raw)))
+        try:
+            misfits[name] = _differences(config, _effective(family.read(raw)))
+        except ValueError as error:
+            misfits[name] = [str(error)]
         if not misfits[name]:
             return {
                 "architectures": [family.architecture],

@@ -158,6 +158,12 @@ def _write_rope(position: L.PositionConfig) -> Json:
 
 
 def _read_llama(raw: Json) -> DecoderConfig:
+    dim, heads = read(raw, "hidden_size", int), read(raw, "num_attention_heads", int)
+    if dim % heads:
+        raise ValueError(
+            f"hidden_size={dim} is not a multiple of num_attention_heads={heads}; "
+            "transformers demands it of this family whatever head_dim is"
+        )
     bias = read(raw, "attention_bias", bool, False)
     return read_gated(raw, **read_heads(raw), qkv_bias=bias, out_bias=bias)
 
