@@ -55,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
                 "Any field of the configuration can follow: --config.zero.stage=2"
             )
             command.add_argument(
-                "--config", metavar="FILE", help="a .py file with get_config(), or .gin or .json"
+                "--config",
+                metavar="FILE",
+                help="a .py file with get_config(), or .gin or .json",
             )
         module.add_arguments(command)
         _add_device_arguments(command)

@@ -21,7 +21,7 @@ from jaxspeed.checkpoint import Checkpoint, Store, open_store
 from jaxspeed.config import Config, from_json, to_json
 from jaxspeed.data import ByteTokenizer, Data, HuggingFaceTokenizer, Tokenizer
 from jaxspeed.models.hugging_face import from_pretrained, save_pretrained
-from jaxspeed.models.hugging_face.parameters import parameters, to_decoder
+from jaxspeed.models.parameters import parameters, to_decoder
 from jaxspeed.models.transformer import Decoder
 from jaxspeed.parallel import tensor
 

@@ -47,6 +47,7 @@ class Store:
             files are written in the background and committed as a whole.
         restore: (step, like) -> (parts, notes); `like` has a tree of
             `jax.ShapeDtypeStruct` with the shardings wanted for each part wanted.
+        parts: (step) -> the names of the parts of a checkpoint.
         steps: () -> the committed steps, ascending.
         wait: () -> None, returns when every save is committed (or raises its error).
         close: () -> None, waits and frees the threads.
@@ -54,6 +55,7 @@ class Store:
 
     save: Callable[..., None]
     restore: Callable[..., tuple[Any, dict[str, Any]]]
+    parts: Callable[[int], set[str]]
     steps: Callable[[], list[int]]
     wait: Callable[[], None]
     close: Callable[[], None]
@@ -100,6 +102,7 @@ def open_store(config: Checkpoint) -> Store:
     return Store(
         save=save_step,
         restore=restore_step,
+        parts=lambda step: set(manager.item_metadata(step).keys()) - {"notes"},
         steps=lambda: sorted(manager.all_steps()),
         wait=manager.wait_until_finished,
         close=manager.close,

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from jaxspeed import gin_config
 from jaxspeed.config import Config, load, override
-from jaxspeed.models.hugging_face.parameters import to_decoder
+from jaxspeed.models.parameters import to_decoder
 from jaxspeed.serve import Sampling, generate
 from jaxspeed.train.default import default_config
 from jaxspeed.train.loop import Outcome, train

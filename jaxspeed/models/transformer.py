@@ -288,9 +288,11 @@ class Decoder(nnx.Module):
         (x, keys, values), _ = lax.scan(
             block, (x, keys, values), (index, self.layers, self._windows())
         )
-        logits = tensor.whole_logits(self._logits(x, region)[:, -1:])[:, 0]
+        # Logits of the last token only: those of a long prompt would fill the memory.
+        last = region.enter(x)[:, -1:]
+        logits = tensor.whole_logits(self._logits(last, tensor.Region(split=False)))
         cache = Cache(keys, values, seen, cache.length + tokens.shape[1])
-        return logits[:, : self.config.vocab_size], cache
+        return logits[:, 0, : self.config.vocab_size], cache
 
     def _places(self, tokens: Array, positions: Any, segments: Any) -> L.Places:
         if positions is None:

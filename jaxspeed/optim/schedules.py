@@ -158,19 +158,10 @@ def build_schedule(
     Returns:
         A function from an integer scalar, traced or not, to a float32 scalar. Its
         argument counts the updates that were applied: a step that loss scaling skips
-        does not count, as in DeepSpeed.
-
-    Raises:
-        ValueError: a warm-up that is longer than the whole of `warmup_linear` or
-            `warmup_cosine`.
+        does not count, as in DeepSpeed. A run that is shorter than the warm-up ends
+        in it.
     """
     total = total_steps if schedule.total_steps is None else schedule.total_steps
-    if schedule.kind in ("warmup_linear", "warmup_cosine"):
-        if schedule.warmup_steps > total:
-            raise ValueError(
-                f"schedule.warmup_steps is {schedule.warmup_steps}, but the schedule "
-                f"has only {total} updates; warm up for fewer, or train for more"
-            )
     factor = _FACTORS[schedule.kind]
 
     def learning_rate(step: ArrayLike) -> Float[Array, ""]:

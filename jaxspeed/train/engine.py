@@ -43,7 +43,8 @@ class Engine:
         evaluate: (state, batch) -> Loss, summed over the whole batch on all devices.
         params: (state) -> float32 parameters in shards, whatever the precision.
         save: (state, notes=None) -> None, in the background; `notes` is any JSON.
-        restore: (step=None) -> (state, notes), the latest step by default.
+        restore: (step=None) -> (state, notes), the latest step by default. A checkpoint
+            that holds parameters alone gives a fresh state around them.
         steps: () -> the steps that can be restored.
         wait: () -> None, returns when all saves are committed.
         lower: (batch) -> the lowered training step, for arrays or shapes; nothing is
@@ -180,7 +181,7 @@ def _engine(config: Config, step: Step, shapes: Any) -> Engine:
         )
         return train.lower(abstract, shapes)
 
-    stored = _storage(config, step, abstract)
+    stored = _storage(config, step, abstract, init)
     return Engine(
         init=init,
         step=run,
@@ -220,7 +221,7 @@ def _adopt(step: Step, params: Any, key: Array) -> TrainState:
 
 def _put(value: Any, place: NamedSharding) -> Array:
     """One array onto the mesh; a host array is read only where a device needs it."""
-    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+    if isinstance(value, jax.Array):
         return value if value.sharding == place else jax.device_put(value, place)
     host = np.asarray(value)
     return jax.make_array_from_callback(host.shape, place, lambda index: host[index])
@@ -249,20 +250,19 @@ def place_batch(batch: Any, mesh: Mesh, accumulation: int) -> Any:
                 f"{shards * accumulation}"
             )
     places = shardings(batch_specs(jax.tree.map(_shaped, batch), mesh), mesh)
-    return jax.tree.map(
-        lambda x, place: (
-            x if isinstance(x, jax.Array) and x.sharding == place else _put(x, place)
-        ),
-        batch,
-        places,
-    )
+    return jax.tree.map(_put, batch, places)
 
 
 def _shaped(x: Any) -> Any:
     return x if hasattr(x, "shape") else np.asarray(x)
 
 
-def _storage(config: Config, step: Step, abstract: TrainState) -> dict[str, Any]:
+def _storage(
+    config: Config,
+    step: Step,
+    abstract: TrainState,
+    init: Callable[..., TrainState],
+) -> dict[str, Any]:
     """The engine's functions over the checkpoint folder, opened at first use.
 
     A checkpoint holds float32 parameters once, whichever of the table's columns the
@@ -296,7 +296,12 @@ def _storage(config: Config, step: Step, abstract: TrainState) -> dict[str, Any]
                 f"no checkpoint in {config.checkpoint.directory} to restore"
             )
         number = steps[-1] if number is None else number
-        parts, notes = store().restore(number, parts_of(abstract))
+        like = parts_of(abstract)
+        if number in steps and "rest" not in store().parts(number):
+            like.pop("rest")
+        parts, notes = store().restore(number, like)
+        if "rest" not in parts:  # converted weights: a run starts from them
+            return init(jax.random.key(config.run.seed), parts["params"]), notes
         return join(parts["params"], parts["rest"]), notes
 
     return dict(

@@ -143,7 +143,8 @@ def _start(
             params = load_params(pretrained, config.model, places)
         return engine.init(jax.random.key(config.run.seed), params), 0
     state, notes = engine.restore()
-    batches.set_state(notes["data"])
+    if "data" in notes:
+        batches.set_state(notes["data"])
     step = int(state.step)
     say(f"resuming after step {step} from {config.checkpoint.directory}")
     return state, step

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-SCRIPT = '''
+SCRIPT = """
 import sys
 import jax
 rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -38,7 +38,7 @@ state, notes = engine.restore()
 for batch in batches[3:]:
     state, metrics = engine.step(state, batch)
     print("loss", float(metrics["loss"]), flush=True)
-'''
+"""
 
 
 def free_port():

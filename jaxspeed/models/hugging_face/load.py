@@ -30,10 +30,9 @@ from jaxspeed.models.hugging_face.layout import Range
 from jaxspeed.models.hugging_face.parameters import (
     layer_numbers,
     letters,
-    parameters,
     stored_sizes,
-    to_decoder,
 )
+from jaxspeed.models.parameters import parameters, to_decoder
 from jaxspeed.models.transformer import Decoder, DecoderConfig
 from jaxspeed.parallel import tensor
 from jaxspeed.parallel import zero as zero_state

@@ -1,42 +1,9 @@
-"""A decoder's parameters as records, and a decoder from its parameters."""
-
-from typing import Any
-
-import jax
-from flax import nnx
+"""How the parameters of a decoder are addressed in a Hugging Face folder."""
 
 from jaxspeed import spec
 from jaxspeed.models.hugging_face.layout import LETTERS, Sizes
-from jaxspeed.models.transformer import Decoder, DecoderConfig
+from jaxspeed.models.transformer import DecoderConfig
 from jaxspeed.parallel.zero import SCANNED
-
-
-def abstract_decoder(config: DecoderConfig) -> Decoder:
-    """The module with shapes in place of arrays; nothing is allocated."""
-    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
-
-
-def parameters(config: DecoderConfig) -> Any:
-    """The tree of `spec.Leaf`, nested like `nnx.to_pure_dict` of the parameters."""
-
-    def dims(variable: Any) -> tuple[str, ...]:
-        own = tuple(variable.get_metadata()["dims"])
-        return (SCANNED,) * (len(variable.shape) - len(own)) + own
-
-    state = nnx.state(abstract_decoder(config), nnx.Param)
-    names = jax.tree.map(
-        lambda variable: variable.replace(dims(variable)),
-        state,
-        is_leaf=lambda node: isinstance(node, nnx.Variable),
-    )
-    return spec.leaves(nnx.to_pure_dict(state), nnx.to_pure_dict(names))
-
-
-def to_decoder(config: DecoderConfig, params: Any) -> Decoder:
-    """The decoder that has these parameters, a tree as `parameters` describes it."""
-    graph, state = nnx.split(abstract_decoder(config))
-    nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graph, state)
 
 
 def letters(leaf: spec.Leaf) -> str:

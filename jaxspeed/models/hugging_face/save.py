@@ -28,9 +28,9 @@ from jaxspeed.models.hugging_face.layout import Sizes, Stored
 from jaxspeed.models.hugging_face.parameters import (
     layer_numbers,
     letters,
-    parameters,
     stored_sizes,
 )
+from jaxspeed.models.parameters import parameters
 from jaxspeed.models.transformer import Decoder, DecoderConfig
 
 

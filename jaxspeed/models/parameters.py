@@ -1,0 +1,25 @@
+"""A decoder from its parameters, and the parameters of a decoder that is not there."""
+
+from typing import Any
+
+from flax import nnx
+
+from jaxspeed.models.dims import leaves
+from jaxspeed.models.transformer import Decoder, DecoderConfig
+
+
+def abstract_decoder(config: DecoderConfig) -> Decoder:
+    """The module with shapes in place of arrays; nothing is allocated."""
+    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
+
+
+def parameters(config: DecoderConfig) -> Any:
+    """The tree of `spec.Leaf`, nested like `nnx.to_pure_dict` of the parameters."""
+    return nnx.to_pure_dict(leaves(nnx.state(abstract_decoder(config), nnx.Param)))
+
+
+def to_decoder(config: DecoderConfig, params: Any) -> Decoder:
+    """The decoder that has these parameters, a tree as `parameters` describes it."""
+    graph, state = nnx.split(abstract_decoder(config))
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
