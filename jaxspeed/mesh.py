@@ -7,6 +7,7 @@ strategy is on. "Axis" always means a mesh axis, "dim" a dimension of an array.
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -62,7 +63,7 @@ class MeshShape:
 def make_mesh(
     shape: MeshShape | None = None,
     *,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
     **sizes: int,
 ) -> Mesh:
     """The device mesh with all six axes.

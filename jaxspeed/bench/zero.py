@@ -9,7 +9,7 @@ import optax
 
 from jaxspeed import plan, train
 from jaxspeed.config import Config
-from jaxspeed.mesh import make_mesh
+from jaxspeed.mesh import MeshShape, make_mesh
 from jaxspeed.models.layers import AttentionConfig, FeedForwardConfig
 from jaxspeed.models.transformer import Decoder, DecoderConfig
 from jaxspeed.parallel.zero import Placement, Zero
@@ -45,7 +45,7 @@ def measure(stage: int, name: str, sizes: dict[str, int]) -> dict[str, Any]:
         Config(zero=Zero(stage=stage)),
         lambda rngs: Decoder(MODEL, rngs=rngs),
         optax.adam(1e-3),
-        mesh=make_mesh(**sizes),
+        mesh=make_mesh(MeshShape(**sizes)),
     )
     tokens = jax.ShapeDtypeStruct((16, 64), jnp.int32)
     compiled = engine.lower({"tokens": tokens, "targets": tokens}).compile()

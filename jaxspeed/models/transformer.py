@@ -225,11 +225,9 @@ class Decoder(nnx.Module):
         region = tensor.Region.of(tokens.shape[1])
         x = self._layers(self._embed(tokens, places, region), places, region)
 
-        def tail(head: Head, table: nnx.Param, x: Array) -> Array:
-            logits = gather(head)(x, table, region)
-            return tensor.cross_entropy(logits, targets)
-
-        losses = remat(tail, "none")(self.head, self.embedding.tokens, x)
+        # The head is gathered once: its backward pass follows at once. So is the
+        # embedding: its backward pass reads no weight.
+        losses = tensor.cross_entropy(self._logits(x, region), targets)
         weights = batch.get("weights")
         if weights is None:
             weights = jnp.ones_like(losses)
@@ -315,10 +313,7 @@ class Decoder(nnx.Module):
         )
 
     def _embed(self, tokens: Array, places: L.Places, region: tensor.Region) -> Array:
-        def embed(embedding: Embedding) -> Array:
-            return gather(embedding)(tokens, places.positions, region)
-
-        return remat(embed, "none")(self.embedding)
+        return gather(self.embedding)(tokens, places.positions, region)
 
     def _layers(self, x: Array, places: L.Places, region: tensor.Region) -> Array:
         def block(x: Array, xs: Any) -> tuple[Array, None]:

@@ -30,7 +30,7 @@ class Loss:
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def as_loss(value: Any) -> Loss:
+def as_loss(returned: Any) -> Loss:
     """A `Loss` from what a user's loss function may return.
 
     Accepts a `Loss`, a scalar (the mean over the local batch), or a pair of a scalar
@@ -39,16 +39,21 @@ def as_loss(value: Any) -> Loss:
     Raises:
         TypeError: anything else.
     """
-    if isinstance(value, Loss):
-        return value
-    metrics: Any = {}
-    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], dict):
-        value, metrics = value
-    if jnp.shape(value) != () or not jnp.issubdtype(
-        jnp.result_type(value), jnp.inexact
-    ):
+    if isinstance(returned, Loss):
+        return returned
+    pair = isinstance(returned, tuple) and len(returned) == 2
+    value, metrics = (
+        returned if pair and isinstance(returned[1], dict) else (returned, {})
+    )
+    is_scalar = isinstance(value, float) or (
+        isinstance(value, jax.Array)
+        and value.shape == ()
+        and jnp.issubdtype(value.dtype, jnp.floating)
+    )
+    if not is_scalar:
+        types = jax.tree.map(lambda x: getattr(x, "aval", type(x)), value)
         raise TypeError(
             "the loss function must return a scalar, (scalar, dict of metrics) or "
-            f"js.Loss(total, weight); it returned {jax.tree.map(jax.typeof, value)}"
+            f"js.Loss(total, weight); it returned {types}"
         )
     return Loss(jnp.asarray(value), jnp.ones((), jnp.float32), metrics)

@@ -7,7 +7,7 @@ own. Every function is one compiled program over the mesh.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +136,7 @@ def _program(model: Any, params: Any, loss: Any) -> Program:
     if params is not None:
         return from_function(model, params)
     if isinstance(model, nnx.Module) or callable(model):
-        return from_nnx(model, loss)
+        return from_nnx(cast(Any, model), loss)
     raise TypeError(
         f"cannot train a {type(model).__name__}; give an nnx module, a function that "
         "makes one, a loss function with params=, or a js.train.Program"

@@ -90,7 +90,7 @@ def make_layout(
     )
     optimizer_specs = _map_placements(lambda place: place.optimizer, placements)
     params_specs = _map_placements(lambda place: place.params, placements)
-    scalar = PartitionSpec()
+    scalar: Any = PartitionSpec()
     state = TrainState(
         step=scalar,
         params=params_specs,
