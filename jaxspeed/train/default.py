@@ -1,6 +1,6 @@
 """The run that `jaxspeed train` makes with no arguments.
 
-A byte-level decoder of three million parameters on the source and docstrings of
+A byte-level decoder of two and a half million parameters on the source and docstrings of
 Python's own standard library. On simulated CPU devices it takes about two minutes on
 two cores and shows every part at work; on accelerators the same run uses them all.
 """
@@ -26,21 +26,21 @@ def default_config() -> Config:
     shards = devices // tensor
     return Config(
         model=DecoderConfig(
-            dim=192,
-            num_layers=6,
-            attention=AttentionConfig(heads=6, kv_heads=2, head_dim=32),
+            dim=256,
+            num_layers=4,
+            attention=AttentionConfig(heads=8, kv_heads=2, head_dim=32),
             feed_forward=FeedForwardConfig(hidden_dim=512),
         ),
         mesh=MeshShape(data=shards, tensor=tensor),
         zero=Zero(stage=3),
         batch=Batch(size=max(8, shards)),
-        data=Data(sequence_length=256),
+        data=Data(sequence_length=128),
         optimizer=Optimizer(
-            learning_rate=4e-3,
+            learning_rate=2e-3,
             betas=(0.9, 0.95),
             weight_decay=0.1,
             schedule=Schedule(kind="warmup_cosine", warmup_steps=20, floor=0.05),
         ),
-        run=Run(steps=300),
+        run=Run(steps=500, evaluate_batches=32),
         remat="none",
     )
