@@ -69,7 +69,8 @@ class Step:
                 params,
                 placements,
             )
-            return _all_reduced(self._loss(view, batch, _device_key(key)))
+            loss = _all_reduced(self._loss(view, batch, _device_key(key)))
+            return dataclasses.replace(loss, metrics=_means(loss))
 
         return jax.shard_map(
             local,
@@ -123,9 +124,7 @@ class Step:
         gradients = jax.tree.map(
             lambda g, place: zero.reduce_gradient(place, g), gradients, placements
         )
-        weight = _nonzero(loss.weight)
-        metrics = jax.tree.map(lambda value: value / weight, loss.metrics)
-        return gradients, loss.total / weight, metrics
+        return gradients, loss.total / _nonzero(loss.weight), _means(loss)
 
     def _accumulate(
         self, microbatch: Callable[..., Any], batch: Any, key: Array, variables: Any
@@ -248,6 +247,12 @@ def _leaves(view: Any) -> list[Any]:
 
 def _nonzero(weight: Array) -> Array:
     return jnp.where(weight == 0, 1, weight)
+
+
+def _means(loss: Loss) -> dict[str, Array]:
+    """The metrics of a loss that `_all_reduced` summed, as means again."""
+    weight = _nonzero(loss.weight)
+    return jax.tree.map(lambda value: value / weight, loss.metrics)
 
 
 def _device_key(key: Array) -> Array:
