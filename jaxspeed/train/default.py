@@ -1,7 +1,7 @@
 """The run that `jaxspeed train` makes with no arguments.
 
-A byte-level decoder of two and a half million parameters on the source and docstrings of
-Python's own standard library. On simulated CPU devices it takes about two minutes on
+A byte-level decoder of two and a half million parameters on the source and docstrings
+of Python's own standard library. On simulated CPU devices it takes about two minutes on
 two cores and shows every part at work; on accelerators the same run uses them all.
 """
 
