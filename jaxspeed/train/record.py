@@ -1,5 +1,6 @@
 """What a run leaves to look at: `metrics.jsonl`, one object a step, and `loss.png`."""
 
+import contextlib
 import json
 import pathlib
 from typing import Any
@@ -33,13 +34,11 @@ class Metrics:
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`; a last line cut off by a crash is left out."""
+    """The rows of a `metrics.jsonl`; a line cut off by a crash is left out."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+        with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
     return rows
 
 
