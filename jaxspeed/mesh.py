@@ -91,3 +91,15 @@ def make_mesh(
         axis_types=(AxisType.Auto,) * len(AXES),
         devices=devices,
     )
+
+
+def settle(results: Any, mesh: Mesh) -> Any:
+    """`results` of a program over `mesh`, waited for where devices are simulated.
+
+    Programs on CPU devices share one pool of threads, and a collective holds a thread
+    per device until all have come: with two programs in flight each can wait for
+    threads that the other holds, forever. On TPU and GPU nothing is waited for.
+    """
+    if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu":
+        return jax.block_until_ready(results)
+    return results

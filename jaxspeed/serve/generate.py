@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32, Key, UInt32
 
 from jaxspeed import comm, spec
-from jaxspeed.mesh import AXES, make_mesh
+from jaxspeed.mesh import AXES, make_mesh, settle
 from jaxspeed.models.dims import leaves
 from jaxspeed.models.layers import Places
 from jaxspeed.models.transformer import Cache, Decoder
@@ -215,12 +215,13 @@ def _stream(
     slots = length + max_new_tokens - 1  # the last token needs none
     cache = _empty_cache(setup, params, num_rows, slots)
     ended = waiting.ended
-    waiting, drawn, cache = _advance(setup, params, waiting, cache)
+    step = settle(_advance(setup, params, waiting, cache), setup.mesh)
     for remaining in reversed(range(max_new_tokens)):
+        waiting, drawn, cache = step
         row = np.asarray(drawn)
         if remaining:
             # Runs while the caller uses the tokens of this step.
-            waiting, drawn, cache = _advance(setup, params, waiting, cache)
+            step = settle(_advance(setup, params, waiting, cache), setup.mesh)
         yield row[:num_prompts]
         ended = ended | (row == setup.end)
         if ended.all():

@@ -5,6 +5,7 @@ own. Every function is one compiled program over the mesh.
 """
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, cast
@@ -20,7 +21,7 @@ from jaxtyping import Array
 from jaxspeed import optim, spec
 from jaxspeed.checkpoint import Store, open_store
 from jaxspeed.config import Config
-from jaxspeed.mesh import BATCH_AXES, make_mesh
+from jaxspeed.mesh import BATCH_AXES, make_mesh, settle
 from jaxspeed.optim import loss_scale
 from jaxspeed.parallel import zero
 from jaxspeed.parallel.data import Loss
@@ -39,7 +40,7 @@ class Engine:
             exist. Call it once at the start of a run.
         step: (state, batch) -> (state, metrics). The old state's buffers are reused;
             metrics are device scalars (`loss`, `grad_norm`, `skipped`, the loss's own),
-            so nothing waits until they are read.
+            so nothing waits until they are read (but on simulated devices: `settle`).
         evaluate: (state, batch) -> Loss, summed over the whole batch on all devices.
         params: (state) -> float32 parameters in shards, whatever the precision.
         save: (state, notes=None) -> None, in the background; `notes` is any JSON.
@@ -136,11 +137,31 @@ def _program(model: Any, params: Any, loss: Any) -> Program:
     if params is not None:
         return from_function(model, params)
     if isinstance(model, nnx.Module) or callable(model):
+        _check_maker(model)
         return from_nnx(cast(Any, model), loss)
     raise TypeError(
         f"cannot train a {type(model).__name__}; give an nnx module, a function that "
         "makes one, a loss function with params=, or a js.train.Program"
     )
+
+
+def _check_maker(model: Any) -> None:
+    """A loss function without its parameters is the likeliest mistake here."""
+    if isinstance(model, nnx.Module):
+        return
+    required = [
+        parameter.name
+        for parameter in inspect.signature(model).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind
+        in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(required) > 1:
+        raise TypeError(
+            f"{getattr(model, '__name__', model)!r} takes {required}; a loss function "
+            "needs its parameters as well (params=...), and a function that makes an "
+            "nnx module takes only rngs"
+        )
 
 
 def _engine(config: Config, step: Step, shapes: Any) -> Engine:
@@ -161,16 +182,18 @@ def _engine(config: Config, step: Step, shapes: Any) -> Engine:
     def init(key: Array, params: Any = None) -> TrainState:
         given = step.program.values if params is None else params
         if given is None:
-            return create(key)
+            return settle(create(key), mesh)
         first = shardings(layout.optimizer, mesh)
-        return adopt(jax.tree.map(_put, given, first), key)
+        return settle(adopt(jax.tree.map(_put, given, first), key), mesh)
 
     def run(state: TrainState, batch: Any):
-        return train(state, place_batch(batch, mesh, config.batch.accumulation))
+        placed = place_batch(batch, mesh, config.batch.accumulation)
+        return settle(train(state, placed), mesh)
 
     def score(state: TrainState, batch: Any) -> Loss:
         key = jax.random.wrap_key_data(state.key)
-        return evaluate(state.params, place_batch(batch, mesh, 1), key)
+        placed = place_batch(batch, mesh, 1)
+        return settle(evaluate(state.params, placed, key), mesh)
 
     def lower(batch: Any) -> Any:
         specs = shardings(batch_specs(batch, mesh), mesh)
@@ -242,7 +265,7 @@ def place_batch(batch: Any, mesh: Mesh, accumulation: int) -> Any:
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         rows = np.shape(leaf)[:1]
-        if rows and rows[0] % (shards * accumulation):
+        if rows and (rows[0] == 0 or rows[0] % (shards * accumulation)):
             raise ValueError(
                 f"batch{jax.tree_util.keystr(path)} has {rows[0]} rows; they must "
                 f"divide by {shards} (mesh replica x data x expert) times "
@@ -302,7 +325,7 @@ def _storage(
         parts, notes = store().restore(number, like)
         if "rest" not in parts:  # converted weights: a run starts from them
             return init(jax.random.key(config.run.seed), parts["params"]), notes
-        return join(parts["params"], parts["rest"]), notes
+        return settle(join(parts["params"], parts["rest"]), step.mesh), notes
 
     return dict(
         save=save,

@@ -386,6 +386,12 @@ def test_errors_say_what_to_do(tmp_path):
         engine.step(engine.init(jax.random.key(0)), batch)
     with pytest.raises(ValueError, match=r"seq=2.*not built yet"):
         engine_for(0, dict(seq=2), optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"has 0 rows"):
+        engine.step(
+            engine.init(jax.random.key(0)), jax.tree.map(lambda x: x[:0], samples())
+        )
+    with pytest.raises(TypeError, match=r"needs its parameters as well \(params="):
+        js.initialize(js.Config(), squared_error, optax.sgd(0.1))
     with pytest.raises(TypeError, match="loss=lambda model, batch, key"):
         js.initialize(js.Config(), Module, optax.sgd(0.1))
     with pytest.raises(TypeError, match="from_linen"):
