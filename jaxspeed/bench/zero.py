@@ -60,6 +60,7 @@ def measure(stage: int, name: str, sizes: dict[str, int]) -> dict[str, Any]:
         "bytes_sent": sent,
         "formula_bytes_sent": round(expected),
         "sent_ratio": sent / expected,
+        "paper_bytes_sent": round(paper(engine, stage)),
         "state_bytes": held,
         "formula_state_bytes": round(held_expected),
         "state_ratio": held / held_expected,
@@ -90,6 +91,19 @@ def formula(engine: train.Engine, stage: int) -> float:
         total += once * (1 + gathers)
         total += 2 * size / shards * (replicas - 1) / replicas
     return total
+
+
+def paper(engine: train.Engine, stage: int) -> float:
+    """The paper's upper figure: 2Ψ, at stage 3 3Ψ, and the all-reduce over replicas."""
+    sizes = engine.mesh.shape
+    replicas, shards = sizes["replica"], sizes["data"]
+    size = WIDTH * sum(math.prod(leaf.shape) for leaf, _ in _leaves(engine))
+    if stage == 0:
+        everyone = replicas * shards
+        return 2 * size * (everyone - 1) / everyone
+    passes = 3 if stage == 3 else 2
+    over_replicas = 2 * size / shards * (replicas - 1) / replicas
+    return passes * size * (shards - 1) / shards + over_replicas
 
 
 def held_formula(engine: train.Engine, stage: int) -> float:

@@ -86,6 +86,7 @@ def test_sends_and_holds_what_the_paper_says(stage, sizes):
     row = bench.measure(stage, "", sizes)
     assert row["sent_ratio"] == pytest.approx(1, abs=0.01)
     assert row["state_ratio"] == pytest.approx(1, abs=0.01)
+    assert row["bytes_sent"] <= 1.0001 * row["paper_bytes_sent"]
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
