@@ -164,7 +164,7 @@ def _steps(
     """Steps until the end or a signal; metrics are read one step late.
 
     Reading a step's metrics waits for it, so they are read when the next step is
-    already on the device.
+    already on the device, unless they are there before.
     """
     config = engine.config
     total, save_every = config.run.steps, config.checkpoint.every
@@ -176,6 +176,9 @@ def _steps(
             if pending:
                 progress.report(*pending)
             pending, last = (step, metrics), step
+            if metrics["loss"].is_ready():  # nothing to wait for
+                progress.report(*pending)
+                pending = None
             if stopped():
                 break
             if save_every and step % save_every == 0 and step < total:
