@@ -33,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _prepare_devices(known)
         return COMMANDS[known.command][0].run(known, rest)
+    except KeyboardInterrupt:
+        print(f"jaxspeed {known.command}: interrupted", file=sys.stderr)
+        return 130
     except (ValueError, TypeError, OSError, ImportError) as error:
         if known.traceback:
             raise
@@ -90,7 +93,7 @@ def _prepare_devices(arguments: argparse.Namespace) -> None:
     """Settings that must stand before JAX first looks for devices."""
     if arguments.cpu_devices < 1:
         raise ValueError(f"--cpu-devices={arguments.cpu_devices}; give at least 1")
-    if not any(_device_files("accel*", "vfio/*", "nvidia*")):
+    if not any(_device_files("accel*", "vfio/*", "nvidia*", "kfd", "dxg")):
         # An installed libtpu or CUDA plugin would look for its device, at length.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])

@@ -1,4 +1,4 @@
-"""Eight simulated CPU devices, strict dtype promotion, no implicit rank promotion."""
+"""Eight simulated CPU devices and strict dtype promotion."""
 
 import os
 

@@ -5,11 +5,14 @@ on each host, the parts that its devices need under the layout asked for.
 """
 
 import dataclasses
-import pathlib
+import os
 from collections.abc import Callable
 from typing import Any
 
 import orbax.checkpoint as ocp
+from etils import epath
+
+Path = str | os.PathLike[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +83,12 @@ def open_store(config: Checkpoint) -> Store:
     def save_step(
         step: int, parts: dict[str, Any], notes: dict[str, Any] | None = None
     ) -> None:
-        if step in manager.all_steps():  # the same step again: the newer one counts
-            manager.wait_until_finished()
-            manager.delete(step)
+        later = [saved for saved in sorted(manager.all_steps()) if saved >= step]
+        if later:
+            raise FileExistsError(
+                f"{config.directory} holds checkpoints of steps {later}; step {step} "
+                "would be lost among them. Remove them, or save to another directory"
+            )
         trees = {name: ocp.args.StandardSave(tree) for name, tree in parts.items()}
         args = ocp.args.Composite(**trees, notes=ocp.args.JsonSave(notes or {}))
         manager.save(step, args=args)
@@ -109,12 +115,12 @@ def open_store(config: Checkpoint) -> Store:
     )
 
 
-def save(path: str, tree: Any) -> None:
+def save(path: Path, tree: Any) -> None:
     """Writes a pytree of arrays to the new folder `path`; returns when committed."""
     save_async(path, tree)()
 
 
-def save_async(path: str, tree: Any) -> Callable[[], None]:
+def save_async(path: Path, tree: Any) -> Callable[[], None]:
     """Starts writing a pytree to the new folder `path`.
 
     Returns:
@@ -137,7 +143,7 @@ def save_async(path: str, tree: Any) -> Callable[[], None]:
     return wait
 
 
-def restore(path: str, like: Any = None) -> Any:
+def restore(path: Path, like: Any = None) -> Any:
     """Reads a pytree written by `save`.
 
     Args:
@@ -155,5 +161,6 @@ def restore(path: str, like: Any = None) -> Any:
         return checkpointer.restore(target, like)
 
 
-def _absolute(path: str) -> Any:
-    return path if "://" in path else pathlib.Path(path).absolute()
+def _absolute(path: Path) -> epath.Path:
+    """Local paths in full; `gs://` and the like as they are."""
+    return epath.Path(path) if "://" in str(path) else epath.Path(path).absolute()

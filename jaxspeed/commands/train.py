@@ -1,6 +1,7 @@
 """`jaxspeed train`: the main job, from text to a trained decoder and a sample."""
 
 import argparse
+import shlex
 import sys
 from typing import Any
 
@@ -9,6 +10,7 @@ from tqdm import tqdm
 
 from jaxspeed import gin_config
 from jaxspeed.config import Config, load, override
+from jaxspeed.data import BareIds
 from jaxspeed.models.parameters import to_decoder
 from jaxspeed.serve import Sampling, generate
 from jaxspeed.train.default import default_config
@@ -34,7 +36,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     _say(_headline(config))
     outcome = train(config, arguments.workdir, _say, pretrained=arguments.pretrained)
     if outcome.interrupted:
-        again = " ".join(["jaxspeed", *sys.argv[1:]])
+        again = shlex.join(["jaxspeed", *sys.argv[1:]])
         _say(
             f"stopped after step {outcome.step} of {config.run.steps}; everything is "
             f"saved in {arguments.workdir}. To go on:\n    {again}"
@@ -69,12 +71,18 @@ def _headline(config: Config) -> str:
 def _summary(outcome: Outcome, workdir: str) -> None:
     held_out = outcome.held_out
     if held_out is not None:
+        bits = ""
+        if held_out.bits_per_byte is not None:
+            bits = (
+                f", {held_out.bits_per_byte:.3f} bits per byte (a unigram model: "
+                f"{held_out.unigram_bits_per_byte:.3f})"
+            )
         _say(
-            f"\nheld-out loss {held_out.loss:.3f} nats per token, "
-            f"{held_out.bits_per_byte:.3f} bits per byte (a unigram model: "
-            f"{held_out.unigram_bits_per_byte:.3f}) on {held_out.tokens:,} tokens"
+            f"\nheld-out loss {held_out.loss:.3f} nats per token{bits} on "
+            f"{held_out.tokens:,} tokens"
         )
-    _say(f"\nsample after {PROMPT!r}:\n{sample(outcome)}")
+    if not isinstance(outcome.tokenizer, BareIds):
+        _say(f"\nsample after {PROMPT!r}:\n{sample(outcome)}")
     _say(
         f"\n{workdir}: metrics.jsonl, loss.png, config.json, checkpoints/\n"
         f"generate more:   jaxspeed generate --from={workdir} --prompt='import '"

@@ -221,7 +221,7 @@ def dense_attention(
     batch, length, heads, head_dim = q.shape
     groups = k.shape[2]
     q = q.reshape(batch, length, groups, heads // groups, head_dim)
-    scores = jnp.einsum("bsghk,btgk->bghst", q, k).astype(jnp.float32)
+    scores = jnp.einsum("bsghk,btgk->bghst", q, k, preferred_element_type=jnp.float32)
     scores = scores * head_dim**-0.5
     if bias is not None:
         scores = scores + bias.reshape(batch, groups, heads // groups, length, -1)
@@ -269,8 +269,8 @@ class Attention(nnx.Module):
         def heads_of(weight: Any, bias: Any, *, kv: bool) -> Array:
             parts = [weight[...]] if bias is None else [weight[...], bias[...]]
             if kv:
-                count = self.config.kv_heads
-                parts = [tensor.local_kv_heads(part, count) for part in parts]
+                count, heads = self.config.kv_heads, self.config.heads
+                parts = [tensor.local_kv_heads(part, count, heads) for part in parts]
             y = jnp.einsum("bsd,dhk->bshk", x, parts[0])
             return y if bias is None else y + parts[1][None, None]
 

@@ -203,7 +203,11 @@ class Decoder(nnx.Module):
         Args:
             tokens: ids in [0, vocab_size).
             positions: position of each token in its document; 0, 1, ... by default.
-            segments: document number of each token; one document by default.
+            segments: document number of each token. By default a position that does
+                not grow starts a new document.
+
+        Raises:
+            ValueError: a sequence longer than the learned positions.
         """
         places = self._places(tokens, positions, segments)
         region = tensor.Region.of(tokens.shape[1])
@@ -216,7 +220,8 @@ class Decoder(nnx.Module):
 
         Args:
             batch: `tokens` and `targets` int [B, S]; optionally `weights` float,
-                `segments` and `positions` int, all [B, S].
+                `segments` and `positions` int, all [B, S]. A negative target does not
+                count; one beyond the vocabulary makes the loss NaN.
             key: unused; the decoder has no randomness.
         """
         del key
@@ -231,12 +236,14 @@ class Decoder(nnx.Module):
         weights = batch.get("weights")
         if weights is None:
             weights = jnp.ones_like(losses)
+        weights = jnp.where(targets >= 0, weights, 0.0)
+        losses = jnp.where(targets < self.config.vocab_size, losses, jnp.nan)
         return Loss(jnp.sum(losses * weights), jnp.sum(weights))
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A cache for `length` tokens in each of `batch` sequences."""
         attention = self.config.attention
-        heads = max(attention.kv_heads // comm.axis_size(tensor.AXIS), 1)
+        heads = tensor.num_local_kv_heads(attention.kv_heads, attention.heads)
         shape = (self.config.num_layers, batch, length, heads, attention.head_dim)
         slots = jnp.zeros((batch, length), jnp.int32)
         dtype = self.embedding.tokens.dtype
@@ -293,11 +300,20 @@ class Decoder(nnx.Module):
         return logits[:, 0, : self.config.vocab_size], cache
 
     def _places(self, tokens: Array, positions: Any, segments: Any) -> L.Places:
+        length, position = tokens.shape[1], self.config.position
         if positions is None:
-            row = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+            if position.kind == "learned" and length > position.max_length:
+                raise ValueError(
+                    f"sequences of {length} tokens, but the model has learned only "
+                    f"{position.max_length} positions (position.max_length)"
+                )
+            row = jnp.arange(length, dtype=jnp.int32)
             positions = jnp.broadcast_to(row, tokens.shape)
         if segments is None:
-            segments = jnp.ones(tokens.shape, jnp.int32)
+            starts = positions[:, 1:] <= positions[:, :-1]
+            first = jnp.ones((tokens.shape[0], 1), jnp.int32)
+            rest = 1 + jnp.cumsum(starts, axis=1, dtype=jnp.int32)
+            segments = jnp.concatenate([first, rest], axis=1)
         return L.Places(positions, segments)
 
     def _windows(self) -> Int[Array, " L"] | None:

@@ -33,8 +33,8 @@ SPLIT_DIMS = ("heads", "kv_heads", "feed_forward", "vocabulary")
 def rule(sizes: Sizes) -> Rule:
     """Splits heads, feed-forward and vocabulary dims over `tensor`.
 
-    Key and value heads that are fewer than the axis stay whole, and each device uses
-    the head its queries need (`local_kv_heads`).
+    Key and value heads that `tensor` does not divide (they may be fewer than the axis)
+    stay whole, and each device uses those that its queries need (`local_kv_heads`).
 
     Raises:
         ValueError: `tensor` does not divide a dim; says which sizes would.
@@ -47,7 +47,7 @@ def rule(sizes: Sizes) -> Rule:
                 continue
             if leaf.shape[dim] % size == 0:
                 spec = split(leaf, spec, dim, (AXIS,))
-            elif name != "kv_heads" or size % leaf.shape[dim] != 0:
+            elif name != "kv_heads":
                 raise ValueError(_indivisible(leaf, dim, size))
         return spec
 
@@ -149,20 +149,32 @@ def local_heads(per_head: Float[Array, " H"]) -> Float[Array, " h"]:
     return comm.shard(per_head, AXIS, dim=0)
 
 
+def num_local_kv_heads(num_kv_heads: int, num_heads: int) -> int:
+    """How many key and value heads each device attends with."""
+    size = comm.axis_size(AXIS)
+    if num_kv_heads % size == 0:
+        return num_kv_heads // size
+    return 1 if size % num_kv_heads == 0 else num_heads // size
+
+
 def local_kv_heads(
-    weight: Float[Array, "... G K"], num_kv_heads: int
+    weight: Float[Array, "... G K"], num_kv_heads: int, num_heads: int
 ) -> Float[Array, "... g K"]:
     """The key or value heads that this device's query heads attend with.
 
-    With at least as many heads as devices the weight is split already. With fewer,
-    every device holds all of them and takes one; its gradient is summed over
-    `tensor` like that of any leaf which that axis does not split.
+    Where `tensor` divides the heads the weight is split already. Otherwise every device
+    holds all of them and takes what it needs: one, if the axis is a multiple of their
+    number, else one for each of its query heads. The gradient is summed over `tensor`
+    like that of any leaf which that axis does not split.
     """
     size = comm.axis_size(AXIS)
     if num_kv_heads % size == 0:
         return weight
-    head = comm.axis_index(AXIS) * num_kv_heads // size
-    # [..., G, K] -> [..., 1, K]: T / G neighbouring devices take the same head
-    return lax.dynamic_slice_in_dim(
-        comm.vary(weight, AXIS), head, 1, axis=weight.ndim - 2
-    )
+    weight, mine = comm.vary(weight, AXIS), comm.axis_index(AXIS)
+    if size % num_kv_heads == 0:
+        # [..., G, K] -> [..., 1, K]: T / G neighbouring devices take the same head
+        head = mine * num_kv_heads // size
+        return lax.dynamic_slice_in_dim(weight, head, 1, axis=weight.ndim - 2)
+    queries = mine * (num_heads // size) + jnp.arange(num_heads // size)
+    # [..., G, K] -> [..., H@tensor, K]: a head per query head
+    return jnp.take(weight, queries * num_kv_heads // num_heads, axis=-2)

@@ -267,7 +267,7 @@ def never_saved(policy: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """
 
     def saved(primitive: Any, *args: Any, **params: Any) -> Any:
-        if primitive.name == "all_gather" or _is_gathered(params):
+        if _is_gathered(params):
             return False
         return True if policy is None else policy(primitive, *args, **params)
 

@@ -7,6 +7,7 @@ two cores and shows every part at work; on accelerators the same run uses them a
 
 import jax
 
+from jaxspeed.checkpoint import Checkpoint
 from jaxspeed.config import Batch, Config, Run
 from jaxspeed.data import Data
 from jaxspeed.mesh import MeshShape
@@ -33,7 +34,7 @@ def default_config() -> Config:
         ),
         mesh=MeshShape(data=shards, tensor=tensor),
         zero=Zero(stage=3),
-        batch=Batch(size=max(8, shards)),
+        batch=Batch(size=-(-8 // shards) * shards),
         data=Data(sequence_length=128),
         optimizer=Optimizer(
             learning_rate=2e-3,
@@ -41,6 +42,7 @@ def default_config() -> Config:
             weight_decay=0.1,
             schedule=Schedule(kind="warmup_cosine", warmup_steps=20, floor=0.05),
         ),
+        checkpoint=Checkpoint(every=100),
         run=Run(steps=500, evaluate_batches=32),
         remat="none",
     )

@@ -21,7 +21,7 @@ from jaxtyping import Array
 from jaxspeed import optim, spec
 from jaxspeed.checkpoint import Store, open_store
 from jaxspeed.config import Config
-from jaxspeed.mesh import BATCH_AXES, make_mesh, settle
+from jaxspeed.mesh import AXES, BATCH_AXES, make_mesh, settle
 from jaxspeed.optim import loss_scale
 from jaxspeed.parallel import zero
 from jaxspeed.parallel.data import Loss
@@ -42,7 +42,7 @@ class Engine:
             metrics are device scalars (`loss`, `grad_norm`, `skipped`, the loss's own),
             so nothing waits until they are read (but on simulated devices: `settle`).
         evaluate: (state, batch) -> Loss, summed over the whole batch on all devices.
-        params: (state) -> float32 parameters in shards, whatever the precision.
+        params: (state) -> float32 parameters, whatever the precision.
         save: (state, notes=None) -> None, in the background; `notes` is any JSON.
         restore: (step=None) -> (state, notes), the latest step by default. A checkpoint
             that holds parameters alone gives a fresh state around them.
@@ -96,6 +96,11 @@ def initialize(
         ValueError: the configuration does not fit the devices or the model.
         TypeError: `model` is none of the above.
     """
+    if not isinstance(config, Config):
+        raise TypeError(
+            f"config is a {type(config).__name__}; give a js.Config, or make one of a "
+            "ds_config.json with jaxspeed.ds_config.to_config"
+        )
     mesh = make_mesh(config.mesh) if mesh is None else mesh
     _check_axes(mesh)
     program = _program(model, params, loss)
@@ -118,6 +123,11 @@ def initialize(
 
 
 def _check_axes(mesh: Mesh) -> None:
+    if mesh.axis_names != AXES:
+        raise ValueError(
+            f"the mesh has axes {mesh.axis_names}; it needs all of {AXES}, unused ones "
+            "of size 1: make it with js.make_mesh"
+        )
     for axis in ("pipe", "seq"):
         if mesh.shape[axis] > 1:
             raise ValueError(
@@ -135,6 +145,11 @@ def _program(model: Any, params: Any, loss: Any) -> Program:
             "js.train.from_linen(module, loss, example_inputs)"
         )
     if params is not None:
+        if isinstance(model, nnx.Module):
+            raise TypeError(
+                "an nnx module brings its own parameters; leave out params=, or pass "
+                "them to engine.init(key, params)"
+            )
         return from_function(model, params)
     if isinstance(model, nnx.Module) or callable(model):
         _check_maker(model)
@@ -183,19 +198,23 @@ def _engine(config: Config, step: Step, shapes: Any) -> Engine:
         given = step.program.values if params is None else params
         if given is None:
             return settle(create(key), mesh)
+        _check_shapes(given, shapes)
         first = shardings(layout.optimizer, mesh)
         return settle(adopt(jax.tree.map(_put, given, first), key), mesh)
 
     def run(state: TrainState, batch: Any):
+        _check_alive(state)
         placed = place_batch(batch, mesh, config.batch.accumulation)
         return settle(train(state, placed), mesh)
 
     def score(state: TrainState, batch: Any) -> Loss:
-        key = jax.random.wrap_key_data(state.key)
+        _check_alive(state)
+        key = state.random_key()
         placed = place_batch(batch, mesh, 1)
         return settle(evaluate(state.params, placed, key), mesh)
 
     def lower(batch: Any) -> Any:
+        batch = jax.tree.map(_shaped, batch)
         specs = shardings(batch_specs(batch, mesh), mesh)
         shapes = jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
@@ -209,7 +228,7 @@ def _engine(config: Config, step: Step, shapes: Any) -> Engine:
         init=init,
         step=run,
         evaluate=score,
-        params=lambda state: state.params if state.master is None else state.master,
+        params=lambda state: state.weights,
         lower=lower,
         mesh=mesh,
         layout=layout,
@@ -238,8 +257,34 @@ def _adopt(step: Step, params: Any, key: Array) -> TrainState:
         opt_state=opt_state,
         loss_scale=loss_scale.init(step.precision.loss_scale),
         skipped=jnp.zeros((), jnp.int32),
-        key=jax.random.key_data(key),
+        key=jax.random.bits(key, (2,), jnp.uint32),  # whatever generator `key` is of
     )
+
+
+def _check_alive(state: TrainState) -> None:
+    if state.step.is_deleted():
+        raise ValueError(
+            "this state's buffers were reused by engine.step; go on with the state "
+            "that engine.step returned"
+        )
+
+
+def _check_shapes(params: Any, shapes: Any) -> None:
+    """Parameters to start from must be those of the model."""
+    given = {
+        spec.path_name(path): np.shape(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    wanted = {
+        spec.path_name(path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
+    }
+    for name in sorted(given.keys() | wanted.keys()):
+        if given.get(name) != wanted.get(name):
+            raise ValueError(
+                f"parameter {name!r}: the model has shape {wanted.get(name)}, given is "
+                f"{given.get(name)} (None: not there)"
+            )
 
 
 def _put(value: Any, place: NamedSharding) -> Array:
@@ -299,9 +344,8 @@ def _storage(
         return opened[0]
 
     def parts_of(state: TrainState) -> dict[str, Any]:
-        masters = state.params if state.master is None else state.master
         rest = dataclasses.replace(state, params=None, master=None)
-        return {"params": masters, "rest": rest}
+        return {"params": state.weights, "rest": rest}
 
     @jax.jit
     def join(masters: Any, rest: TrainState) -> TrainState:
@@ -310,6 +354,7 @@ def _storage(
         return dataclasses.replace(rest, params=params, master=kept)
 
     def save(state: TrainState, notes: dict[str, Any] | None = None) -> None:
+        _check_alive(state)
         store().save(int(state.step), parts_of(state), notes)
 
     def restore(number: int | None = None) -> tuple[TrainState, dict[str, Any]]:

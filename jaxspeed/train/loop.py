@@ -18,12 +18,12 @@ from flax import nnx
 from tqdm import tqdm
 
 from jaxspeed.config import Config, from_json, to_json
-from jaxspeed.data import Batches, Tokenizer, train_batches
+from jaxspeed.data import Batch, Batches, Tokenizer, train_batches
 from jaxspeed.models import Decoder, load_params, read_config
 from jaxspeed.train.engine import Engine, initialize
 from jaxspeed.train.evaluate import HeldOut, evaluate
 from jaxspeed.train.layout import shardings
-from jaxspeed.train.record import Metrics, plot_loss
+from jaxspeed.train.record import Metrics, plot_loss, replace_text
 from jaxspeed.train.state import TrainState
 
 
@@ -69,21 +69,22 @@ def train(
     """
     folder = pathlib.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
+    if pretrained is not None:
+        config = dataclasses.replace(config, model=read_config(pretrained))
+    as_given = config
     if config.checkpoint.directory is None:
         place = dataclasses.replace(
             config.checkpoint, directory=str(folder / "checkpoints")
         )
         config = dataclasses.replace(config, checkpoint=place)
-    if pretrained is not None:
-        config = dataclasses.replace(config, model=read_config(pretrained))
     tokenizer = config.data.load_tokenizer()
     _check_vocabulary(config, tokenizer)
-    _claim(folder / "config.json", config)
     engine = initialize(config, lambda rngs: make_decoder(config, rngs))
 
     def look(state: TrainState) -> None:
         _held_out(engine, state, tokenizer, record, say)
 
+    _claim(folder / "config.json", as_given, has_run=bool(engine.steps()))
     batches = train_batches(config.data, config.batch.size)
     state, start = _start(engine, batches, config, pretrained, say)
     record = Metrics(folder / "metrics.jsonl", start) if _leads() else None
@@ -116,17 +117,20 @@ def _check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
         )
 
 
-def _claim(path: pathlib.Path, config: Config) -> None:
+def _claim(path: pathlib.Path, config: Config, *, has_run: bool) -> None:
     """Records the run's configuration; another model must not continue this one."""
-    if path.exists():
-        before = from_json(path.read_text())
+    if has_run and path.exists():
+        try:
+            before = from_json(path.read_text())
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
         if before.model != config.model:
             raise ValueError(
-                f"{path.parent} holds a run of another model; give another --workdir "
-                "or remove it"
+                f"{path.parent} holds a run of another model; give another --workdir, "
+                f"remove it, or go on with --config={path}"
             )
     if jax.process_index() == 0:
-        path.write_text(to_json(config))
+        replace_text(path, to_json(config))
 
 
 def _start(
@@ -172,7 +176,7 @@ def _steps(
     last, pending = progress.start, None
     with _stop_signal() as stopped, progress:
         for step in range(progress.start + 1, total + 1):
-            state, metrics = engine.step(state, next(batches))
+            state, metrics = engine.step(state, _next(batches, engine, state))
             if pending:
                 progress.report(*pending)
             pending, last = (step, metrics), step
@@ -181,13 +185,30 @@ def _steps(
                 pending = None
             if stopped():
                 break
-            if save_every and step % save_every == 0 and step < total:
+            saves = save_every and step % save_every == 0 and step < total
+            looks = look_every and step % look_every == 0 and step < total
+            if pending and (saves or looks):
+                progress.report(*pending)
+                pending = None
+            if saves:
                 engine.save(state, _notes(batches))
-            if look_every and step % look_every == 0 and step < total:
+            if looks:
                 look(state)
         if pending:
             progress.report(*pending)
     return state, last, last < total
+
+
+def _next(batches: Batches, engine: Engine, state: TrainState) -> Batch:
+    """The next batch; a damaged file must not cost the steps made so far."""
+    try:
+        return next(batches)
+    except (OSError, ValueError):
+        step = int(state.step)
+        if step > max(engine.steps(), default=0):
+            engine.save(state, _notes(batches))
+            engine.wait()
+        raise
 
 
 class _Progress:
@@ -220,7 +241,7 @@ class _Progress:
 
     def report(self, step: int, metrics: dict[str, Any]) -> None:
         """Waits for the step's metrics, then shows and writes them."""
-        values = {name: float(value) for name, value in metrics.items()}
+        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
         now = time.perf_counter()
         seconds, self._before = now - self._before, now
         row = {
@@ -285,6 +306,8 @@ def _held_out(
             tokenizer=tokenizer,
         )
     except ValueError as error:
+        if not str(error).startswith("nothing is held out"):
+            raise
         say(f"no held-out loss: {error}")
         return None
     if record:

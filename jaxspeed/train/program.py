@@ -29,6 +29,7 @@ class Program:
             None: no dim has a name.
         gathers: the loss calls `js.gather` where it uses weights. Otherwise the engine
             gathers all of them before the loss, and again in the backward pass.
+        score: the loss for evaluation (without dropout, say); None is `loss`.
     """
 
     loss: Callable[[Any, Any, Array], Loss]
@@ -36,6 +37,7 @@ class Program:
     values: Any = None
     dims: Any = None
     gathers: bool = False
+    score: Callable[[Any, Any, Array], Loss] | None = None
 
     def shapes(self) -> Any:
         """The tree of parameter shapes and dtypes.
@@ -75,8 +77,11 @@ def from_function(
 
     if callable(params):
         return Program(wrapped, params, dims=dims, gathers=gathers)
-    params = jax.tree.map(jnp.asarray, params)
-    return Program(wrapped, lambda key: params, params, dims, gathers)
+
+    def given(key: Array) -> Any:
+        return jax.tree.map(jnp.asarray, params)
+
+    return Program(wrapped, given, params, dims, gathers)
 
 
 def from_nnx(
@@ -92,7 +97,8 @@ def from_nnx(
 
     Raises:
         TypeError: there is no loss, or the function does not make a module.
-        ValueError: the module carries batch statistics.
+        ValueError: the module carries batch statistics, or a function makes a module
+            with other variables than parameters and random streams.
     """
     values = None
     if isinstance(model, nnx.Module):
@@ -100,7 +106,7 @@ def from_nnx(
         values = _pure(nnx.state(model, nnx.Param))
     else:
         make = model
-    abstract = jax.eval_shape(lambda key: make(nnx.Rngs(key)), jax.random.key(0))
+    abstract = nnx.eval_shape(lambda: make(nnx.Rngs(jax.random.key(0))))
     if not isinstance(abstract, nnx.Module):
         raise TypeError(
             f"{model!r} made a {type(abstract).__name__}, not an nnx.Module; to train "
@@ -116,10 +122,24 @@ def from_nnx(
             f"{type(abstract).__name__} has BatchStat variables (batch norm); they "
             "would differ between devices. Use layer, group or RMS norm"
         )
+    frozen = nnx.state(abstract, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))
+    if values is None and jax.tree.leaves(frozen):
+        raise ValueError(
+            f"{type(abstract).__name__} has variables that are neither parameters nor "
+            f"random streams: {list(nnx.to_flat_state(frozen).paths)}; give the module "
+            "itself, whose variables stay as they are, or make them nnx.Param"
+        )
     variables = nnx.state(abstract, nnx.Param)
 
     def run(params: Any, batch: Any, key: Array) -> Loss:
+        return loss_of(merge(params, key), batch, key)
+
+    def score(params: Any, batch: Any, key: Array) -> Loss:
         module = merge(params, key)
+        module.eval()
+        return loss_of(module, batch, key)
+
+    def loss_of(module: Any, batch: Any, key: Array) -> Loss:
         return as_loss(
             module.loss(batch, key) if loss is None else loss(module, batch, key)
         )
@@ -143,6 +163,7 @@ def from_nnx(
         values,
         _dims(variables),
         bool(getattr(abstract, "gathers", False)),
+        score,
     )
 
 

@@ -2,13 +2,12 @@
 
 import contextlib
 import json
+import math
+import os
 import pathlib
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 
 class Metrics:
@@ -20,17 +19,32 @@ class Metrics:
 
     def __init__(self, path: pathlib.Path, start: int) -> None:
         kept = [row for row in read_metrics(path) if row["step"] <= start]
-        text = "".join(json.dumps(row) + "\n" for row in kept)
-        path.write_text(text)
+        replace_text(path, "".join(map(_line, kept)))
         self._file = path.open("a", buffering=1)
 
     def write(self, row: dict[str, Any]) -> None:
         """One step's metrics; on disk line by line."""
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(_line(row))
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def _line(row: dict[str, Any]) -> str:
+    """JSON has no NaN and no infinity: they are written as null."""
+    plain = {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v
+        for k, v in row.items()
+    }
+    return json.dumps(plain) + "\n"
+
+
+def replace_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file as a whole: after a crash it is the old one or the new one."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text)
+    os.replace(new, path)
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -38,14 +52,17 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
     return rows
 
 
 def plot_loss(metrics: pathlib.Path, image: pathlib.Path) -> None:
     """Draws the training loss, and the held-out loss where it was measured."""
     rows = read_metrics(metrics)
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     trained = [row for row in rows if "loss" in row]
     axes.plot(
         [row["step"] for row in trained],
@@ -64,4 +81,3 @@ def plot_loss(metrics: pathlib.Path, image: pathlib.Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(image, dpi=120)
-    plt.close(figure)

@@ -22,7 +22,8 @@ class TrainState:
             in a shorter dtype (stages 1 and 2 with bfloat16 or float16); else None.
         opt_state: the optax state, laid out like the table's third column.
         loss_scale: state of dynamic loss scaling, used in float16 only.
-        skipped: int32 scalar, steps skipped because a gradient was not finite.
+        skipped: int32 scalar, steps skipped because the loss or a gradient was not
+            finite, or no sample had weight.
         key: uint32 data of the random key from which every step derives its own.
     """
 
@@ -32,4 +33,13 @@ class TrainState:
     opt_state: Any
     loss_scale: LossScaleState
     skipped: Int[Array, ""]
-    key: UInt32[Array, "..."]
+    key: UInt32[Array, "2"]
+
+    @property
+    def weights(self) -> Any:
+        """The float32 weights: `master` where there is one, else `params`."""
+        return self.params if self.master is None else self.master
+
+    def random_key(self) -> Array:
+        """The run's random key."""
+        return jax.random.wrap_key_data(self.key, impl="threefry2x32")

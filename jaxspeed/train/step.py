@@ -44,15 +44,24 @@ class Step:
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict]:
         """The next state, and metrics as device scalars; pure and traceable."""
         scales = self.precision.scales_loss
-        scale = state.loss_scale.scale if scales else jnp.ones(())
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        gradients, loss, metrics = self._gradients(state.params, batch, key, scale)
+        scale = self._loss_scale(state) if scales else jnp.ones(())
+        key = jax.random.fold_in(state.random_key(), state.step)
+        gradients, loss = self._gradients(state.params, batch, key, scale)
+        metrics = loss.metrics
+        reserved = {"loss", "grad_norm", "skipped", "loss_scale"} & set(metrics)
+        if reserved:
+            raise ValueError(
+                f"the loss returns metrics named {sorted(reserved)}, which the engine "
+                "reports itself; give them other names"
+            )
+        mean = loss.total / _nonzero(loss.weight)
         if scales:
             gradients = jax.tree.map(lambda g: g / scale, gradients)
         norm = optax.tree.norm(gradients)
-        finite = jnp.isfinite(norm)
-        state = self._update(state, gradients, finite)
-        metrics |= {"loss": loss, "grad_norm": norm, "skipped": state.skipped}
+        # A batch without a single valid target says nothing either.
+        good = jnp.isfinite(norm) & jnp.isfinite(mean) & (loss.weight != 0)
+        state = self._update(state, gradients, mean, good)
+        metrics = metrics | {"loss": mean, "grad_norm": norm, "skipped": state.skipped}
         if scales:
             metrics["loss_scale"] = scale
         return state, metrics
@@ -69,7 +78,8 @@ class Step:
                 params,
                 placements,
             )
-            loss = _all_reduced(self._loss(view, batch, _device_key(key)))
+            score = self.program.score or self.program.loss
+            loss = _all_reduced(self._loss(score, view, batch, _device_key(key)))
             return dataclasses.replace(loss, metrics=_means(loss))
 
         return jax.shard_map(
@@ -93,11 +103,11 @@ class Step:
                 PartitionSpec(),
                 PartitionSpec(),
             ),
-            out_specs=(self.layout.optimizer, PartitionSpec(), PartitionSpec()),
+            out_specs=(self.layout.optimizer, PartitionSpec()),
         )(params, batch, key, scale)
 
     def _local_gradients(self, params: Any, batch: Any, key: Array, scale: Array):
-        """Reduced gradients, laid out like the optimizer state, and the mean loss."""
+        """Reduced gradients, laid out like the optimizer state, and the summed loss."""
         placements = self.layout.placements
         variables = jax.tree.map(
             lambda param, place: zero.variable(place, param), params, placements
@@ -112,7 +122,7 @@ class Step:
                     params,
                     placements,
                 )
-                loss = self._loss(view, batch, key)
+                loss = self._loss(self.program.loss, view, batch, key)
                 reduced = _all_reduced(loss)
                 # Dividing here keeps half-precision gradients in range.
                 return scale * loss.total / _nonzero(reduced.weight), reduced
@@ -124,7 +134,7 @@ class Step:
         gradients = jax.tree.map(
             lambda g, place: zero.reduce_gradient(place, g), gradients, placements
         )
-        return gradients, loss.total / _nonzero(loss.weight), _means(loss)
+        return gradients, dataclasses.replace(loss, metrics=_means(loss))
 
     def _accumulate(
         self, microbatch: Callable[..., Any], batch: Any, key: Array, variables: Any
@@ -163,33 +173,41 @@ class Step:
         weight = _nonzero(loss.weight)
         return jax.tree.map(lambda g: g / weight, gradients), loss
 
-    def _loss(self, view: Any, batch: Any, key: Array) -> Loss:
+    def _loss(
+        self, loss_of: Callable[..., Loss], view: Any, batch: Any, key: Array
+    ) -> Loss:
         """The program's loss on this device, the same along `tensor`."""
 
         def run(view: Any, batch: Any, key: Array) -> Loss:
-            return self.program.loss(zero.gather(view), batch, key)
+            return loss_of(zero.gather(view), batch, key)
 
         if self.program.gathers:
-            loss = self.program.loss(view, batch, key)
+            loss = loss_of(view, batch, key)
         elif any(isinstance(leaf, zero.Shard) for leaf in _leaves(view)):
             loss = jax.checkpoint(run, policy=zero.never_saved())(view, batch, key)
         else:
             loss = run(view, batch, key)
         return jax.tree.map(_same_off_batch, loss)
 
-    def _update(self, state: TrainState, gradients: Any, finite: Array) -> TrainState:
-        """Applies optax to the shards, unless a gradient is not finite."""
+    def _loss_scale(self, state: TrainState) -> Array:
+        static = self.precision.loss_scale.static
+        return state.loss_scale.scale if static is None else jnp.float32(static)
+
+    def _update(
+        self, state: TrainState, gradients: Any, loss: Array, good: Array
+    ) -> TrainState:
+        """Applies optax to the shards, unless the step is to be skipped."""
         placed = functools.partial(self._constrain, specs=self.layout.optimizer)
-        masters = placed(state.params if state.master is None else state.master)
+        masters = placed(state.weights)
         # Optax relies on implicit promotion; a user's strict mode must not break it.
         with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = self.optimizer.update(
-                placed(gradients), state.opt_state, masters
+            updates, opt_state = optax.with_extra_args_support(self.optimizer).update(
+                placed(gradients), state.opt_state, masters, value=loss
             )
             updated = placed(optax.apply_updates(masters, updates))
 
         def keep(new: Array, old: Array) -> Array:
-            return jnp.where(finite, new, old)
+            return jnp.where(good, new, old)
 
         masters = jax.tree.map(keep, updated, masters)
         opt_state = jax.tree.map(keep, opt_state, state.opt_state)
@@ -200,11 +218,11 @@ class Step:
             master=masters if self.layout.has_master else None,
             opt_state=opt_state,
             loss_scale=loss_scale.update(
-                self.precision.loss_scale, state.loss_scale, finite
+                self.precision.loss_scale, state.loss_scale, good
             )
             if self.precision.scales_loss
             else state.loss_scale,
-            skipped=state.skipped + jnp.where(finite, 0, 1),
+            skipped=state.skipped + jnp.where(good, 0, 1),
             key=state.key,
         )
 
@@ -270,7 +288,9 @@ def _same_off_batch(x: Array) -> Array:
         axis for axis in AXES if axis in comm.varying_axes(x) and axis not in BATCH_AXES
     )
     x = jnp.asarray(x, jnp.float32)
-    return comm.all_reduce(x, axes) / comm.axis_size(axes) if axes else x
+    x = comm.all_reduce(x, axes) / comm.axis_size(axes) if axes else x
+    # A loss that averaged itself over the batch is one copy per device, too.
+    return comm.vary(x, BATCH_AXES)
 
 
 def _all_reduced(loss: Loss) -> Loss:

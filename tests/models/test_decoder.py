@@ -16,7 +16,7 @@ from jaxspeed.models import (
     NormConfig,
     PositionConfig,
 )
-from jaxspeed.models.layers import alibi_slopes, rope_frequencies
+from jaxspeed.models.layers import alibi_slopes, dense_attention, rope_frequencies
 from jaxspeed.models.remat import POLICIES
 
 CONFIG = DecoderConfig(
@@ -164,3 +164,37 @@ def test_llama3_frequencies_keep_fast_and_stretch_slow_ones():
 def test_refuses_what_it_cannot_be(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_positions_alone_mark_documents():
+    """A position that does not grow starts a new document."""
+    model = jax.jit(decoder(CONFIG))
+    row = np.concatenate([tokens(7, 1), tokens(9, 2)], axis=1)
+    positions = np.concatenate([np.arange(7), np.arange(9)])[None].astype(np.int32)
+    segments = np.asarray([[1] * 7 + [2] * 9], np.int32)
+    np.testing.assert_array_equal(
+        model(row, positions), model(row, positions, segments)
+    )
+
+
+def test_negative_targets_do_not_count_and_impossible_ones_show():
+    model, inputs, targets = decoder(CONFIG), tokens(6), tokens(6, 3)
+    weights = np.asarray([[1, 1, 0, 1, 0, 1]], np.float32)
+    ignored = np.where(weights > 0, targets, -100)
+    some = model.loss({"tokens": inputs, "targets": ignored})
+    same = model.loss({"tokens": inputs, "targets": targets, "weights": weights})
+    assert float(some.weight) == 4
+    assert float(some.total) == pytest.approx(float(same.total), rel=1e-6)
+    targets[0, 0] = CONFIG.vocab_size
+    assert np.isnan(float(model.loss({"tokens": inputs, "targets": targets}).total))
+
+
+def test_refuses_more_tokens_than_learned_positions():
+    with pytest.raises(ValueError, match="learned only 32 positions"):
+        decoder(FAMILIES["learned"])(tokens(33))
+
+
+def test_half_precision_scores_do_not_overflow():
+    q = jnp.full((1, 2, 1, 128), 32.0, jnp.float16)
+    mask = jnp.ones((1, 2, 2), bool)
+    assert np.isfinite(np.asarray(dense_attention(q, q, q, mask, None))).all()

@@ -82,7 +82,9 @@ def mesh_of(axes: dict[str, int]) -> jax.sharding.Mesh:
     return js.make_mesh(js.MeshShape(**{"data": 1, **axes}), devices=devices)
 
 
-def engine_of(axes: dict[str, int], stage: int, accumulation: int = 1, **config):
+def engine_of(
+    axes: dict[str, int], stage: int, accumulation: int = 1, *, model=MODEL, **config
+):
     """The contract's engine on a mesh."""
     return js.initialize(
         js.Config(
@@ -90,17 +92,17 @@ def engine_of(axes: dict[str, int], stage: int, accumulation: int = 1, **config)
             batch=js.Batch(size=16, accumulation=accumulation),
             **config,
         ),
-        lambda rngs: Decoder(MODEL, rngs=rngs),
+        lambda rngs: Decoder(model, rngs=rngs),
         OPTIMIZER,
         mesh=mesh_of(axes),
     )
 
 
-def run(engine: js.Engine) -> Result:
+def run(engine: js.Engine, length: int = 16) -> Result:
     """Five steps; Adam's first moment after one step is a tenth of the gradient."""
     state = engine.init(jax.random.key(1))
     losses, norms, gradients = [], [], {}
-    for batch in batches():
+    for batch in batches(length=length):
         state, metrics = engine.step(state, batch)
         losses.append(float(metrics["loss"]))
         norms.append(float(metrics["grad_norm"]))

@@ -410,7 +410,7 @@ def test_errors_say_what_to_do(tmp_path):
         contract.MODEL,
         attention=dataclasses.replace(contract.MODEL.attention, heads=6, kv_heads=6),
     )
-    divides = r"tensor=4 does not divide dim 'kv_heads'.*one of \[1, 2, 3, 6\]"
+    divides = r"tensor=4 does not divide dim 'heads'.*one of \[1, 2, 3, 6\]"
     with pytest.raises(ValueError, match=divides):
         js.initialize(
             js.Config(),
@@ -426,3 +426,116 @@ def test_errors_say_what_to_do(tmp_path):
             params={"w": jnp.ones(3)},
         )
         engine.step(engine.init(jax.random.key(0)), np.ones((8, 1), np.float32))
+
+
+def test_a_loss_that_averages_itself_has_the_right_gradient():
+    engine = engine_for(3, dict(data=8), optax.sgd(0.1))
+    expected = engine.step(engine.init(jax.random.key(0)), samples())[1]
+
+    def averaged(params, batch, key):
+        return jax.lax.pmean(squared_error(params, batch, key), "data")
+
+    engine = js.initialize(
+        js.Config(zero=js.Zero(stage=3, min_size=1)),
+        averaged,
+        optax.sgd(0.1),
+        params=network,
+    )
+    metrics = engine.step(engine.init(jax.random.key(0)), samples())[1]
+    for name in ("loss", "grad_norm"):
+        assert float(metrics[name]) == pytest.approx(float(expected[name]), rel=1e-5)
+
+
+def test_tied_parameters_are_one():
+    class Tied(nnx.Module):
+        def __init__(self, rngs):
+            self.first = nnx.Linear(WIDTH, WIDTH, use_bias=False, rngs=rngs)
+            self.last = nnx.Linear(WIDTH, WIDTH, use_bias=False, rngs=rngs)
+            self.last.kernel = self.first.kernel
+
+        def __call__(self, x):
+            return self.last(jnp.tanh(self.first(x)))
+
+    engine = js.initialize(
+        js.Config(zero=js.Zero(stage=3, min_size=1)),
+        Tied,
+        optax.sgd(1.0),
+        loss=lambda model, batch, key: jnp.mean(model(batch["x"]) ** 2),
+    )
+    state = engine.init(jax.random.key(0))
+    before = jax.tree.map(np.asarray, state.params)
+    assert len(jax.tree.leaves(before)) == 1
+    kernel = before["first"]["kernel"]
+    gradient = jax.grad(lambda w: jnp.mean((jnp.tanh(samples()["x"] @ w) @ w) ** 2))(
+        kernel
+    )
+    state, _ = engine.step(state, samples())
+    np.testing.assert_allclose(
+        state.params["first"]["kernel"], kernel - gradient, atol=1e-5
+    )
+
+
+def test_evaluation_has_no_dropout():
+    class Dropped(nnx.Module):
+        def __init__(self, rngs):
+            self.weight = nnx.Param(jnp.ones((64,)))
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x):
+            return self.dropout(x * self.weight[...])
+
+    engine = js.initialize(
+        js.Config(),
+        Dropped,
+        optax.sgd(0.0),
+        loss=lambda model, batch, key: jnp.mean(model(batch)),
+    )
+    state = engine.init(jax.random.key(0))
+    loss = engine.evaluate(state, np.ones((8, 64), np.float32))
+    assert float(loss.total / loss.weight) == 1.0
+
+
+def test_a_batch_without_weight_is_skipped():
+    engine = contract.engine_of(dict(data=2), 1)
+    state = engine.init(jax.random.key(1))
+    before = np.asarray(state.params["head"]["projection"])
+    batch = next(contract.batches())
+    batch["weights"] = np.zeros_like(batch["weights"])
+    state, metrics = engine.step(state, batch)
+    assert int(metrics["skipped"]) == 1
+    np.testing.assert_array_equal(state.params["head"]["projection"], before)
+
+
+def test_more_errors_say_what_to_do(tmp_path):
+    engine = engine_for(0, dict(data=2), optax.sgd(0.1))
+    state = engine.init(jax.random.key(0))
+    engine.step(state, samples())
+    with pytest.raises(ValueError, match=r"buffers were reused by engine.step"):
+        engine.step(state, samples())
+    wrong = {**network(jax.random.key(0)), "bias": jnp.zeros((41,))}
+    with pytest.raises(ValueError, match=r"'bias': the model has shape \(40,\)"):
+        engine.init(jax.random.key(0), wrong)
+    with pytest.raises(TypeError, match=r"give a js.Config"):
+        js.initialize({"zero": 1}, squared_error, params=network)
+    with pytest.raises(ValueError, match=r"make it with js.make_mesh"):
+        js.initialize(
+            js.Config(),
+            squared_error,
+            params=network,
+            mesh=jax.make_mesh((8,), ("data",)),
+        )
+
+    class Frozen(Module):
+        def __init__(self, rngs):
+            super().__init__(rngs)
+            self.scale = nnx.Variable(jnp.ones(3))
+
+    with pytest.raises(ValueError, match="neither parameters nor random streams"):
+        js.initialize(js.Config(), Frozen, optax.sgd(0.1), loss=module_loss)
+    place = js.Checkpoint(directory=str(tmp_path))
+    engine = engine_for(0, {}, optax.sgd(0.1), checkpoint=place)
+    state = engine.init(jax.random.key(0))
+    engine.save(state)
+    engine.wait()
+    with pytest.raises(FileExistsError, match="holds checkpoints of steps"):
+        engine.save(state)

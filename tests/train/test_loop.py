@@ -94,8 +94,8 @@ def test_a_signal_saves_and_the_rerun_goes_on_exactly(whole, tmp_path, number):
 def test_a_killed_run_goes_on_from_its_last_checkpoint(whole, tmp_path, monkeypatch):
     """Steps after the checkpoint are made again; no line stands twice."""
 
-    class KilledError(Exception):
-        pass
+    class KilledError(BaseException):
+        """Nothing that the loop could handle."""
 
     write = Metrics.write
 
@@ -138,5 +138,38 @@ def test_refuses_a_vocabulary_too_small(tmp_path):
 
 def test_a_line_cut_off_by_a_crash_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    path.write_text('{"step": 1, "loss": 2.0}\n3\n{"a": 1}\n{"step": 2, "lo')
     assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_not_a_number_is_written_as_null(tmp_path):
+    record = Metrics(tmp_path / "metrics.jsonl", 0)
+    record.write({"step": 1, "loss": float("nan")})
+    record.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None}]
+
+
+def test_a_damaged_file_costs_no_step(tmp_path, monkeypatch):
+    """The steps made before the bad batch are saved; the error still ends the run."""
+    count = iter(range(100))
+    take = loop.Batches.__next__
+
+    def take_or_fail(self):
+        if next(count) == 3:
+            raise ValueError("line 7 of text.jsonl is not JSON")
+        return take(self)
+
+    monkeypatch.setattr(loop.Batches, "__next__", take_or_fail)
+    with pytest.raises(ValueError, match=r"line 7 of text.jsonl"):
+        loop.train(config(12), str(tmp_path), lambda line: None)
+    monkeypatch.undo()
+    lines = []
+    loop.train(config(12), str(tmp_path), lines.append)
+    assert any("resuming after step 3" in line for line in lines)
+
+
+def test_a_run_that_never_started_leaves_the_folder_free(tmp_path):
+    wrong = dataclasses.replace(config(1), mesh=js.MeshShape(data=1, tensor=8))
+    with pytest.raises(ValueError, match="does not divide"):
+        loop.train(wrong, str(tmp_path), lambda line: None)
+    assert not (tmp_path / "config.json").exists()
