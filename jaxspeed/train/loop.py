@@ -180,7 +180,8 @@ def _steps(
             if pending:
                 progress.report(*pending)
             pending, last = (step, metrics), step
-            if metrics["loss"].is_ready():  # nothing to wait for
+            loss: Any = metrics["loss"]
+            if loss.is_ready():  # nothing to wait for
                 progress.report(*pending)
                 pending = None
             if stopped():
