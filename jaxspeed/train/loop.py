@@ -90,9 +90,7 @@ def train(
     record = Metrics(folder / "metrics.jsonl", start) if _leads() else None
     progress = _Progress(config, record, say, start)
     state, last, interrupted = _steps(engine, state, batches, progress, look)
-    if last > start or not engine.steps():
-        engine.save(state, _notes(batches))
-    engine.wait()
+    _save_newest(engine, state, batches)
     held_out = None
     if not interrupted:
         held_out = _held_out(engine, state, tokenizer, record, say)
@@ -205,11 +203,16 @@ def _next(batches: Batches, engine: Engine, state: TrainState) -> Batch:
     try:
         return next(batches)
     except (OSError, ValueError):
-        step = int(state.step)
-        if step > max(engine.steps(), default=0):
-            engine.save(state, _notes(batches))
-            engine.wait()
+        _save_newest(engine, state, batches)
         raise
+
+
+def _save_newest(engine: Engine, state: TrainState, batches: Batches) -> None:
+    """Saves the state unless its step is saved already; returns when committed."""
+    engine.wait()
+    if int(state.step) > max(engine.steps(), default=-1):
+        engine.save(state, _notes(batches))
+        engine.wait()
 
 
 class _Progress:

@@ -173,3 +173,19 @@ def test_a_run_that_never_started_leaves_the_folder_free(tmp_path):
     with pytest.raises(ValueError, match="does not divide"):
         loop.train(wrong, str(tmp_path), lambda line: None)
     assert not (tmp_path / "config.json").exists()
+
+
+def test_a_signal_right_after_a_save(tmp_path, monkeypatch):
+    """The step that was just saved is not saved twice."""
+    save = loop.Metrics.write
+
+    def write_and_stop(self, row):
+        save(self, row)
+        if row["step"] == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(loop.Metrics, "write", write_and_stop)
+    settings = dataclasses.replace(config(12), checkpoint=js.Checkpoint(every=1))
+    outcome = loop.train(settings, str(tmp_path), lambda line: None)
+    assert outcome.interrupted and outcome.step in (5, 6)
+    assert max(outcome.engine.steps()) == outcome.step
