@@ -75,8 +75,9 @@ def open_store(config: Checkpoint) -> Store:
             "there is no checkpoint directory; set "
             "Config(checkpoint=dict(directory='...'))"
         )
+    folder = _absolute(config.directory)
     manager = ocp.CheckpointManager(
-        _absolute(config.directory),
+        folder,
         options=ocp.CheckpointManagerOptions(max_to_keep=config.keep, create=True),
     )
 
@@ -108,7 +109,10 @@ def open_store(config: Checkpoint) -> Store:
     return Store(
         save=save_step,
         restore=restore_step,
-        parts=lambda step: set(manager.item_metadata(step).keys()) - {"notes"},
+        parts=lambda step: (
+            {part.name for part in (folder / str(step)).iterdir() if part.is_dir()}
+            - {"notes"}
+        ),
         steps=lambda: sorted(manager.all_steps()),
         wait=manager.wait_until_finished,
         close=manager.close,
