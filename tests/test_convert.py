@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from flax import nnx
 
 from jaxspeed.checkpoint import Checkpoint, open_store
@@ -52,7 +53,6 @@ def write_run(folder, model, *, data=None, scales=(1.0,)):
 
 def write_tokenizer(folder):
     """Three words and an end, as the `tokenizers` package writes them."""
-    tokenizers = pytest.importorskip("tokenizers")
     vocabulary = {"<eos>": 0, "alpha": 1, "beta": 2, "gamma": 3}
     model = tokenizers.models.WordLevel(vocabulary, unk_token="<eos>")
     backend = tokenizers.Tokenizer(model)

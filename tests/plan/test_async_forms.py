@@ -305,7 +305,6 @@ def test_fraction_of_a_byte_is_rounded_up():
 
 @pytest.mark.tpu_aot
 def test_program_compiled_for_a_tpu_topology():
-    pytest.importorskip("libtpu")
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
     mesh = make_mesh(data=2, seq=2, tensor=2, devices=topology.devices)
 
