@@ -5,15 +5,27 @@ Every function takes mesh axes by name and works inside `jax.shard_map`. Axes of
 single device), move nothing and leave no instruction in the compiled program. All
 collectives are tiled: they concatenate or split an existing dim, never add one.
 
+On TPU, gathers and reduce-scatters are written as rings (`rings`), because the compiler
+would send more than they need; elsewhere they are the compiler's own.
+
 Layout comments use JAX's own notation: `[B, S@tensor, D]` is an array whose dim S is
 split over mesh axis `tensor`.
 """
+
+import functools
+from collections.abc import Sequence
 
 import jax
 from jax import lax
 from jaxtyping import Array
 
+from jaxspeed import rings
+from jaxspeed.chips import Chip, chip_of
+
 Axes = str | tuple[str, ...]
+
+GATHERS_IN_SHIFTS = ("v5p",)
+"""TPUs whose compiler overlaps no `all_gather` with compute."""
 
 
 def _names(axes: Axes) -> tuple[str, ...]:
@@ -45,6 +57,15 @@ def _active(axes: Axes) -> tuple[str, ...]:
     return tuple(axis for axis in _names(axes) if axis_size(axis) > 1)
 
 
+def _tpu() -> Chip | None:
+    """The TPU that the program is for; None for other devices.
+
+    The program need not run where it is traced.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return chip_of(device) if device is not None and device.platform == "tpu" else None
+
+
 def vary(x: Array, axes: Axes) -> Array:
     """Marks `x` as differing along `axes`; its gradient then stays local.
 
@@ -73,7 +94,36 @@ def all_gather(x: Array, axes: Axes, *, dim: int) -> Array:
     if not active:
         return x
     # [..., n@axes, ...] -> [..., n, ...]
-    return lax.all_gather(vary(x, active), active, axis=dim % x.ndim, tiled=True)
+    return _all_gather(active, dim % x.ndim, vary(x, active))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _all_gather(axes: tuple[str, ...], dim: int, x: Array) -> Array:
+    return all_gather_coalesced([x], axes, dims=[dim])[0]
+
+
+def all_gather_coalesced(
+    arrays: Sequence[Array], axes: Axes, *, dims: Sequence[int]
+) -> list[Array]:
+    """`all_gather` of several arrays in few messages; it has no gradient."""
+    active = _active(axes)
+    if not active:
+        return list(arrays)
+    arrays = [vary(x, active) for x in arrays]
+    dims = [dim % x.ndim for x, dim in zip(arrays, dims, strict=True)]
+    # [..., n@axes, ...] -> [..., n, ...] each
+    if chip := _tpu():
+        return rings.all_gather(
+            arrays,
+            active,
+            rings.factor(axis_size(active), chip.torus_dims),
+            dims=dims,
+            shifts_only=chip.name in GATHERS_IN_SHIFTS,
+        )
+    return [
+        lax.all_gather(x, active, axis=dim, tiled=True)
+        for x, dim in zip(arrays, dims, strict=True)
+    ]
 
 
 def all_gather_same(x: Array, axes: Axes, *, dim: int) -> Array:
@@ -94,9 +144,42 @@ def reduce_scatter(x: Array, axes: Axes, *, dim: int) -> Array:
     if not active:
         return x
     # [..., n, ...] partial sums -> [..., n@axes, ...]
-    return lax.psum_scatter(
-        vary(x, active), active, scatter_dimension=dim % x.ndim, tiled=True
-    )
+    return _reduce_scatter(active, dim % x.ndim, vary(x, active))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _reduce_scatter(axes: tuple[str, ...], dim: int, x: Array) -> Array:
+    return reduce_scatter_coalesced([x], axes, dims=[dim])[0]
+
+
+def reduce_scatter_coalesced(
+    arrays: Sequence[Array], axes: Axes, *, dims: Sequence[int]
+) -> list[Array]:
+    """`reduce_scatter` of several arrays in few messages; it has no gradient."""
+    active = _active(axes)
+    if not active:
+        return list(arrays)
+    arrays = [vary(x, active) for x in arrays]
+    dims = [dim % x.ndim for x, dim in zip(arrays, dims, strict=True)]
+    # [..., n, ...] partial sums -> [..., n@axes, ...] each
+    if chip := _tpu():
+        way = rings.factor(axis_size(active), chip.torus_dims)
+        return rings.reduce_scatter(arrays, active, way, dims=dims)
+    return [
+        lax.psum_scatter(x, active, scatter_dimension=dim, tiled=True)
+        for x, dim in zip(arrays, dims, strict=True)
+    ]
+
+
+# Each is the other's transpose, written out so that the backward pass uses rings too.
+_all_gather.defvjp(
+    lambda axes, dim, x: (_all_gather(axes, dim, x), None),
+    lambda axes, dim, _, gradient: (_reduce_scatter(axes, dim, gradient),),
+)
+_reduce_scatter.defvjp(
+    lambda axes, dim, x: (_reduce_scatter(axes, dim, x), None),
+    lambda axes, dim, _, gradient: (_all_gather(axes, dim, gradient),),
+)
 
 
 def shard(x: Array, axes: Axes, *, dim: int) -> Array:

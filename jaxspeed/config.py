@@ -12,6 +12,7 @@ field from a command line; `freeze` checks every name and type and turns it back
 
 import dataclasses
 import json
+import math
 import pathlib
 import runpy
 import traceback
@@ -19,6 +20,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxspeed.checkpoint import Checkpoint
@@ -30,7 +32,7 @@ from jaxspeed.config_values import (
     unknown_field,
 )
 from jaxspeed.data import Data
-from jaxspeed.mesh import MeshShape
+from jaxspeed.mesh import BATCH_AXES, MeshShape
 from jaxspeed.models.remat import POLICIES
 from jaxspeed.models.transformer import DecoderConfig
 from jaxspeed.optim import Optimizer, Precision
@@ -44,16 +46,20 @@ class Batch:
     Attributes:
         size: sequences on all devices together.
         accumulation: micro-batches, one after another, that a step is made of.
+        per_device: sequences of one micro-batch on each device that has samples of its
+            own; it replaces `size`, so that a configuration fits any number of devices.
     """
 
     size: int = 8
     accumulation: int = 1
+    per_device: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("size", "accumulation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"batch.{name} is {getattr(self, name)}; at least 1")
-        if self.size % self.accumulation:
+        for name in ("size", "accumulation", "per_device"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"batch.{name} is {value}; at least 1")
+        if self.per_device is None and self.size % self.accumulation:
             raise ValueError(
                 f"batch.size={self.size} is not a multiple of "
                 f"batch.accumulation={self.accumulation}; micro-batches are of one size"
@@ -122,6 +128,17 @@ class Config:
             object.__setattr__(self, name, value)
         if self.remat not in POLICIES:
             raise ValueError(f"remat is {self.remat!r}; choose one of {list(POLICIES)}")
+
+    def sized_for(self, mesh: Mesh) -> "Config":
+        """The same with `batch.size` written out where `batch.per_device` sets it."""
+        batch = self.batch
+        if batch.per_device is None:
+            return self
+        shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+        size = batch.per_device * batch.accumulation * shards
+        return dataclasses.replace(
+            self, batch=Batch(size=size, accumulation=batch.accumulation)
+        )
 
 
 def thaw(config: Config) -> ConfigDict:

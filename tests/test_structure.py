@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = [
     {"kernels_pallas"},
-    {"jaxspeed.mesh", "jaxspeed.comm", "jaxspeed.spec"},
+    {f"jaxspeed.{name}" for name in ("mesh", "comm", "rings", "spec", "chips")},
     {f"jaxspeed.{name}" for name in ("parallel", "optim", "checkpoint", "data")},
     {"jaxspeed.models"},
     {
@@ -17,7 +17,7 @@ LAYERS = [
         "jaxspeed.ds_config",
         "jaxspeed.gin_config",
     },
-    {"jaxspeed.train", "jaxspeed.serve", "jaxspeed.plan"},
+    {f"jaxspeed.{name}" for name in ("train", "serve", "plan", "profiler")},
     {f"jaxspeed.{name}" for name in ("bench", "convert", "environment", "commands")},
     {"jaxspeed.cli"},
     {"jaxspeed", "jaxspeed.__main__"},
@@ -25,11 +25,14 @@ LAYERS = [
 # Same-layer imports that are meant: (importer, imported).
 SIBLINGS = {
     ("jaxspeed.comm", "jaxspeed.mesh"),
+    ("jaxspeed.comm", "jaxspeed.rings"),
+    ("jaxspeed.comm", "jaxspeed.chips"),
     ("jaxspeed.spec", "jaxspeed.mesh"),
     ("jaxspeed.config", "jaxspeed.config_values"),
     ("jaxspeed.ds_config", "jaxspeed.config"),
     ("jaxspeed.ds_config", "jaxspeed.config_values"),
     ("jaxspeed.gin_config", "jaxspeed.config"),
+    ("jaxspeed.plan", "jaxspeed.train"),
     ("jaxspeed.commands", "jaxspeed.bench"),
     ("jaxspeed.commands", "jaxspeed.convert"),
     ("jaxspeed.commands", "jaxspeed.environment"),

@@ -74,8 +74,9 @@ def formula(engine: train.Engine, stage: int) -> float:
     Over n devices an all-gather or reduce-scatter of b bytes sends b (n-1)/n and an
     all-reduce twice that (Rajbhandari et al., 2020, section 7). Hybrid sharding adds an
     all-reduce of the shards over `replica`. Stage 3 gathers a weight a second time
-    where the backward pass reads it and the forward pass has freed it: in the layers,
-    but not in the head (used last) and the embedding (its backward reads no weight).
+    where the backward pass reads it and the forward pass has freed it: in the layers
+    but the last, not in the head (both used last) and not in the embedding (its
+    backward pass reads no weight).
     """
     sizes = engine.mesh.shape
     replicas, shards = sizes["replica"], sizes["data"]
@@ -86,8 +87,8 @@ def formula(engine: train.Engine, stage: int) -> float:
             total += 2 * size * (everyone - 1) / everyone
             continue
         once = size * (shards - 1) / shards
-        stacked = len(leaf.shape) > 2
-        gathers = (2 if stacked else 1) if stage == 3 else 1
+        depth = leaf.shape[0] if len(leaf.shape) > 2 else 1
+        gathers = 2 - 1 / depth if stage == 3 else 1
         total += once * (1 + gathers)
         total += 2 * size / shards * (replicas - 1) / replicas
     return total

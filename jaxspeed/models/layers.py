@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxspeed.parallel import tensor
 
@@ -186,51 +186,6 @@ def alibi_slopes(heads: int) -> np.ndarray:
     return np.asarray(slopes, np.float32)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Places:
-    """Where tokens stand: positions within their document, and which document.
-
-    Attributes:
-        positions: int [B, S], restarting at 0 with every document.
-        segments: int [B, S], a number per document of the row; tokens see only tokens
-            of their own segment. 0 is padding.
-    """
-
-    positions: Int[Array, "B S"]
-    segments: Int[Array, "B S"]
-
-
-def visible(
-    queries: Places, keys: Places, window: Int[Array, ""] | int | None
-) -> Bool[Array, "B S T"]:
-    """Which keys a query may see: its own document, not later, within the window."""
-    distance = queries.positions[:, :, None] - keys.positions[:, None, :]
-    mask = (distance >= 0) & (queries.segments[:, :, None] == keys.segments[:, None, :])
-    return mask if window is None else mask & (distance < window)
-
-
-def dense_attention(
-    q: Float[Array, "B S H K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T G K"],
-    mask: Bool[Array, "B S T"],
-    bias: Float[Array, "B H S T"] | None,
-) -> Float[Array, "B S H K"]:
-    """Softmax attention with whole scores in float32; H is a multiple of G."""
-    batch, length, heads, head_dim = q.shape
-    groups = k.shape[2]
-    q = q.reshape(batch, length, groups, heads // groups, head_dim)
-    scores = jnp.einsum("bsghk,btgk->bghst", q, k, preferred_element_type=jnp.float32)
-    scores = scores * head_dim**-0.5
-    if bias is not None:
-        scores = scores + bias.reshape(batch, groups, heads // groups, length, -1)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bghst,btgk->bsghk", weights, v)
-    return out.reshape(batch, length, heads, head_dim)
-
-
 class Attention(nnx.Module):
     """Projections around an attention function; heads are split over `tensor`."""
 
@@ -283,13 +238,11 @@ class Attention(nnx.Module):
             q, k = rope(q, positions, self.position), rope(k, positions, self.position)
         return q, k, v
 
-    def bias(self, queries: Places, keys: Places) -> Float[Array, "B H S T"] | None:
-        """ALiBi's penalty on distance, for this device's heads."""
+    def slopes(self) -> Float[Array, " H"] | None:
+        """ALiBi's slopes of this device's heads; None for other positions."""
         if self.position.kind != "alibi":
             return None
-        slopes = tensor.local_heads(jnp.asarray(alibi_slopes(self.config.heads)))
-        distance = queries.positions[:, None, :, None] - keys.positions[:, None, None]
-        return -slopes[None, :, None, None] * distance.astype(jnp.float32)
+        return tensor.local_heads(jnp.asarray(alibi_slopes(self.config.heads)))
 
     def output(self, y: Float[Array, "B S H K"], region: tensor.Region) -> Array:
         """Back to the model dim, summed over heads: [B, S@tensor, D]."""

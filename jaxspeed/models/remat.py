@@ -14,8 +14,6 @@ from typing import Any
 
 import jax
 
-from jaxspeed.parallel.zero import never_saved
-
 POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -24,12 +22,12 @@ POLICIES: dict[str, Callable[..., Any] | None] = {
 }
 
 
-def remat(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
-    """`function` with its backward pass recomputing what `policy` does not keep.
+def policy_named(name: str) -> Callable[..., Any] | None:
+    """The policy for `jax.checkpoint`; None keeps everything.
 
     Raises:
-        ValueError: an unknown policy.
+        ValueError: an unknown name.
     """
-    if policy not in POLICIES:
-        raise ValueError(f"remat policy {policy!r}; choose one of {list(POLICIES)}")
-    return jax.checkpoint(function, policy=never_saved(POLICIES[policy]))
+    if name not in POLICIES:
+        raise ValueError(f"remat policy {name!r}; choose one of {list(POLICIES)}")
+    return POLICIES[name]

@@ -21,9 +21,12 @@ from jaxtyping import Array, Float, Int
 from jaxspeed import comm
 from jaxspeed.mesh import AXES
 from jaxspeed.models import layers as L
-from jaxspeed.models.remat import remat
+from jaxspeed.models.attention import Places, attention
+from jaxspeed.models.next_token import next_token_losses
+from jaxspeed.models.remat import policy_named
 from jaxspeed.parallel import tensor
 from jaxspeed.parallel.data import Loss
+from jaxspeed.parallel.prefetch import scan_layers
 from jaxspeed.parallel.zero import gather
 
 FULL_WINDOW = 2**30
@@ -79,7 +82,7 @@ class Cache:
 
     keys: Array
     values: Array
-    places: L.Places
+    places: Places
     length: Int[Array, ""]
 
 
@@ -124,15 +127,19 @@ class Block(nnx.Module):
         self.feed_forward_norm = L.Norm(config.dim, config.norm)
         self.feed_forward = L.FeedForward(config.dim, config.feed_forward, rngs=rngs)
 
-    def project(self, x: Array, places: L.Places, region: tensor.Region):
+    def project(self, x: Array, places: Places, region: tensor.Region):
         """Queries, keys and values of this layer for the whole sequence."""
-        x = region.enter(self.attention_norm(x))
-        return self.attention.project(x, places.positions)
+        with jax.named_scope("attention"):
+            x = region.enter(self.attention_norm(x))
+            return self.attention.project(x, places.positions)
 
     def finish(self, x: Array, attended: Array, region: tensor.Region) -> Array:
         """The rest of the layer after attention."""
-        x = x + self.attention.output(attended, region)
-        return x + self.feed_forward(region.enter(self.feed_forward_norm(x)), region)
+        with jax.named_scope("attention"):
+            x = x + self.attention.output(attended, region)
+        with jax.named_scope("feed_forward"):
+            y = region.enter(self.feed_forward_norm(x))
+            return x + self.feed_forward(y, region)
 
 
 class Head(nnx.Module):
@@ -148,12 +155,11 @@ class Head(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B s D"], table: nnx.Param, region: tensor.Region
+        self, x: Float[Array, "B S D"], table: Float[Array, "v D"] | None
     ) -> Float[Array, "B S v"]:
-        """Logits split by vocabulary; `table` is the embedding's, used where tied."""
-        x = region.enter(self.norm(x))
+        """Logits split by vocabulary, from normed `x`; `table` is the embedding's."""
         if self.projection is None:
-            logits = jnp.einsum("bsd,vd->bsv", x, gather(table)[...])
+            logits = jnp.einsum("bsd,vd->bsv", x, table)
         else:
             logits = x @ self.projection[...]
         columns = tensor.vocabulary_columns(logits.shape[-1])[None, None]
@@ -167,7 +173,7 @@ class Decoder(nnx.Module):
     Args:
         config: the architecture.
         rngs: flax random streams; "params" is used.
-        attention: the attention function, `dense_attention` by default.
+        attention: an attention function as in `models.attention`.
         remat_policy: which activations layers keep, a name in `models.remat`.
     """
 
@@ -179,7 +185,7 @@ class Decoder(nnx.Module):
         config: DecoderConfig,
         *,
         rngs: Any,
-        attention: Callable[..., Array] = L.dense_attention,
+        attention: Callable[..., Array] = attention,
         remat_policy: str = "full",
     ) -> None:
         self.config = config
@@ -232,7 +238,10 @@ class Decoder(nnx.Module):
 
         # The head is gathered once: its backward pass follows at once. So is the
         # embedding: its backward pass reads no weight.
-        losses = tensor.cross_entropy(self._logits(x, region), targets)
+        with jax.named_scope("head"):
+            x, logits_of = self._head(x, region)
+            vocabulary = self.config.padded_vocab // comm.axis_size(tensor.AXIS)
+            losses = next_token_losses(logits_of, x, targets, vocabulary=vocabulary)
         weights = batch.get("weights")
         if weights is None:
             weights = jnp.ones_like(losses)
@@ -250,12 +259,12 @@ class Decoder(nnx.Module):
         return Cache(
             jnp.zeros(shape, dtype),
             jnp.zeros(shape, dtype),
-            L.Places(slots, slots - 1),
+            Places(slots, slots - 1),
             jnp.zeros((), jnp.int32),
         )
 
     def decode(
-        self, tokens: Int[Array, "B S"], places: L.Places, cache: Cache
+        self, tokens: Int[Array, "B S"], places: Places, cache: Cache
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Appends S tokens to the cache; logits after the last of them.
 
@@ -282,8 +291,10 @@ class Decoder(nnx.Module):
                 q,
                 lax.dynamic_index_in_dim(keys, index, keepdims=False),
                 lax.dynamic_index_in_dim(values, index, keepdims=False),
-                L.visible(places, seen, window),
-                layer.attention.bias(places, seen),
+                places,
+                seen,
+                window,
+                layer.attention.slopes(),
             )
             return (layer.finish(x, attended, region), keys, values), None
 
@@ -299,7 +310,7 @@ class Decoder(nnx.Module):
         cache = Cache(keys, values, seen, cache.length + tokens.shape[1])
         return logits[:, 0, : self.config.vocab_size], cache
 
-    def _places(self, tokens: Array, positions: Any, segments: Any) -> L.Places:
+    def _places(self, tokens: Array, positions: Any, segments: Any) -> Places:
         length, position = tokens.shape[1], self.config.position
         if positions is None:
             if position.kind == "learned" and length > position.max_length:
@@ -314,7 +325,7 @@ class Decoder(nnx.Module):
             first = jnp.ones((tokens.shape[0], 1), jnp.int32)
             rest = 1 + jnp.cumsum(starts, axis=1, dtype=jnp.int32)
             segments = jnp.concatenate([first, rest], axis=1)
-        return L.Places(positions, segments)
+        return Places(positions, segments)
 
     def _windows(self) -> Int[Array, " L"] | None:
         attention = self.config.attention
@@ -328,22 +339,35 @@ class Decoder(nnx.Module):
             ]
         )
 
-    def _embed(self, tokens: Array, places: L.Places, region: tensor.Region) -> Array:
+    @jax.named_scope("embedding")
+    def _embed(self, tokens: Array, places: Places, region: tensor.Region) -> Array:
         return gather(self.embedding)(tokens, places.positions, region)
 
-    def _layers(self, x: Array, places: L.Places, region: tensor.Region) -> Array:
-        def block(x: Array, xs: Any) -> tuple[Array, None]:
-            layer, window = xs
-            layer = gather(layer)
+    @jax.named_scope("layers")
+    def _layers(self, x: Array, places: Places, region: tensor.Region) -> Array:
+        def block(layer: Block, x: Array, places: Places, window: Any) -> Array:
             q, k, v = layer.project(x, places, region)
-            mask = L.visible(places, places, window)
-            bias = layer.attention.bias(places, places)
-            attended = self.attend(q, k, v, mask, bias)
-            return layer.finish(x, attended, region), None
+            slopes = layer.attention.slopes()
+            with jax.named_scope("attention"):
+                attended = self.attend(q, k, v, places, places, window, slopes)
+            return layer.finish(x, attended, region)
 
-        x = comm.vary(x, AXES)
-        xs = (self.layers, self._windows())
-        return lax.scan(remat(block, self.remat_policy), x, xs)[0]
+        return scan_layers(
+            block,
+            comm.vary(x, AXES),
+            self.layers,
+            shared=places,
+            per_layer=self._windows(),
+            policy=policy_named(self.remat_policy),
+        )
 
+    @jax.named_scope("head")
     def _logits(self, x: Array, region: tensor.Region) -> Float[Array, "B S v"]:
-        return gather(self.head)(x, self.embedding.tokens, region)
+        x, logits_of = self._head(x, region)
+        return logits_of(x)
+
+    def _head(self, x: Array, region: tensor.Region):
+        """The whole sequence after the last norm, and what makes logits of it."""
+        head = gather(self.head)
+        table = gather(self.embedding.tokens)[...] if self.config.tied else None
+        return region.enter(head.norm(x)), lambda x: head(x, table)

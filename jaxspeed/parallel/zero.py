@@ -27,7 +27,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -117,7 +117,8 @@ def rule(zero: Zero, sizes: Sizes) -> Rule:
     """Splits a leaf over ZeRO's axes on the dim that divides best.
 
     The largest number of shards wins, then a dim that no other axis splits, then the
-    longer dim. Where no dim divides by all axes, the largest subset that divides one.
+    first dim: its shards lie one after another in memory, so a gather moves nothing
+    else. Where no dim divides by all axes, the largest subset that divides one.
     """
     active = tuple(axis for axis in zero.axes if sizes[axis] > 1)
     subsets = [
@@ -136,7 +137,7 @@ def rule(zero: Zero, sizes: Sizes) -> Rule:
             shards = math.prod(sizes[axis] for axis in subset)
             here = leaf.shape[dim] // math.prod(sizes[axis] for axis in taken)
             if here % shards == 0:
-                rank = (shards, not taken, here)
+                rank = (shards, not taken, -dim)
                 if best is None or rank > best[0]:
                     best = (rank, dim, subset)
         return spec if best is None else split(leaf, spec, best[1], best[2])
@@ -193,28 +194,59 @@ def gather(tree: Any) -> Any:
     return jax.tree.map(materialise, tree, is_leaf=lambda x: isinstance(x, Shard))
 
 
+def gather_shards(shards: Sequence[Shard]) -> list[Array]:
+    """The arrays that `shards` stand for, in the compute dtype, in few messages.
+
+    Not to be differentiated; `gather` is.
+    """
+    wholes = [shard.whole for shard in shards]
+    for axes, members in _by_axes(shards, lambda shard: shard.placement.axes):
+        missing = [i for i in members if wholes[i] is None]
+        values = [shards[i].value.astype(shards[i].placement.compute) for i in missing]
+        dims = [shards[i].placement.dim for i in missing]
+        # [..., n@axes, ...] -> [..., n, ...] each
+        gathered = comm.all_gather_coalesced(values, axes, dims=dims)
+        for i, whole in zip(missing, gathered, strict=True):
+            wholes[i] = whole
+    return [
+        jnp.asarray(whole, shard.placement.compute)
+        for whole, shard in zip(wholes, shards, strict=True)
+    ]
+
+
+def reduce_shards(
+    placements: Sequence[Placement], gradients: Sequence[Array]
+) -> list[Array]:
+    """Gradients of shards from the local gradients of whole arrays, in few messages."""
+    reduced = list(gradients)
+    for axes, members in _by_axes(placements, lambda place: place.axes):
+        sent = [gradients[i].astype(placements[i].wire) for i in members]
+        dims = [placements[i].dim for i in members]
+        # [..., n, ...] partial sums -> [..., n@axes, ...] each
+        scattered = comm.reduce_scatter_coalesced(sent, axes, dims=dims)
+        for i, gradient in zip(members, scattered, strict=True):
+            reduced[i] = gradient.astype(MASTER)
+    return reduced
+
+
+def _by_axes(items: Sequence[Any], axes_of: Callable[[Any], tuple[str, ...]]):
+    """Positions of the items that are split over the same axes."""
+    found: dict[tuple[str, ...], list[int]] = {}
+    for position, item in enumerate(items):
+        found.setdefault(axes_of(item), []).append(position)
+    return found.items()
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _materialise(placement: Placement, value: Array, whole: Array | None) -> Array:
-    if whole is None:
-        value = value.astype(placement.compute)
-        # [..., n@axes, ...] -> [..., n, ...]
-        whole = comm.all_gather(value, placement.axes, dim=placement.dim)
-    return checkpoint_name(whole.astype(placement.compute), GATHERED)
+    (array,) = gather_shards([Shard(value, whole, placement)])
+    return checkpoint_name(array, GATHERED)
 
 
-def _materialise_forward(placement: Placement, value: Array, whole: Array | None):
-    return _materialise(placement, value, whole), None
-
-
-def _materialise_backward(placement: Placement, _: None, gradient: Array):
-    # [..., n, ...] partial sums -> [..., n@axes, ...]
-    gradient = comm.reduce_scatter(
-        gradient.astype(placement.wire), placement.axes, dim=placement.dim
-    )
-    return gradient.astype(MASTER), None
-
-
-_materialise.defvjp(_materialise_forward, _materialise_backward)
+_materialise.defvjp(
+    lambda placement, value, whole: (_materialise(placement, value, whole), None),
+    lambda placement, _, gradient: (reduce_shards([placement], [gradient])[0], None),
+)
 
 
 def variable(placement: Placement, param: Array) -> Array:

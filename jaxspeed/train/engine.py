@@ -25,6 +25,7 @@ from jaxspeed.mesh import AXES, BATCH_AXES, make_mesh, settle
 from jaxspeed.optim import loss_scale
 from jaxspeed.parallel import zero
 from jaxspeed.parallel.data import Loss
+from jaxspeed.train.compiler import compiler_options
 from jaxspeed.train.layout import Layout, make_layout, shardings
 from jaxspeed.train.program import Program, from_function, from_nnx
 from jaxspeed.train.state import TrainState
@@ -191,7 +192,12 @@ def _engine(config: Config, step: Step, shapes: Any) -> Engine:
     )
     create = jax.jit(lambda key: _create(step, key), out_shardings=places)
     adopt = jax.jit(lambda params, key: _adopt(step, params, key), out_shardings=places)
-    train = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+    train = jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(places, None),
+        compiler_options=compiler_options(mesh.devices.flat[0]),
+    )
     evaluate = jax.jit(step.evaluate)
 
     def init(key: Array, params: Any = None) -> TrainState:

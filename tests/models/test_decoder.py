@@ -16,7 +16,8 @@ from jaxspeed.models import (
     NormConfig,
     PositionConfig,
 )
-from jaxspeed.models.layers import alibi_slopes, dense_attention, rope_frequencies
+from jaxspeed.models.attention import Places, dense_attention
+from jaxspeed.models.layers import alibi_slopes, rope_frequencies
 from jaxspeed.models.remat import POLICIES
 
 CONFIG = DecoderConfig(
@@ -196,5 +197,7 @@ def test_refuses_more_tokens_than_learned_positions():
 
 def test_half_precision_scores_do_not_overflow():
     q = jnp.full((1, 2, 1, 128), 32.0, jnp.float16)
-    mask = jnp.ones((1, 2, 2), bool)
-    assert np.isfinite(np.asarray(dense_attention(q, q, q, mask, None))).all()
+    row = jnp.arange(2)[None]
+    places = Places(row, jnp.ones_like(row))
+    out = dense_attention(q, q, q, places, places, None, None)
+    assert np.isfinite(np.asarray(out)).all()

@@ -108,7 +108,7 @@ def test_whole_reduced_gradients_never_exist(stage, accumulation):
     # A stacked gradient of the feed-forward, whole, would have this shape.
     model = bench.MODEL
     whole = f"f32[{model.num_layers},{model.dim},{model.feed_forward.hidden_dim}]"
-    shard = (model.num_layers, model.dim, model.feed_forward.hidden_dim // 8)
+    shard = (model.num_layers, model.dim // 8, model.feed_forward.hidden_dim)
     text = compiled.as_text()
     assert "f32[" + ",".join(map(str, shard)) + "]" in text
     produced = re.findall(rf"= {re.escape(whole)}\S* (.*)", text)

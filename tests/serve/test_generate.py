@@ -9,12 +9,12 @@ import pytest
 from flax import nnx
 
 from jaxspeed.mesh import make_mesh
+from jaxspeed.models.attention import dense_attention
 from jaxspeed.models.layers import (
     AttentionConfig,
     FeedForwardConfig,
     NormConfig,
     PositionConfig,
-    dense_attention,
 )
 from jaxspeed.models.transformer import Decoder, DecoderConfig
 from jaxspeed.serve import Sampling, complete, generate

@@ -1,0 +1,1 @@
+"""Pallas kernels, one folder per operation; each folder is usable alone."""

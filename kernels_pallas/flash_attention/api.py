@@ -1,0 +1,235 @@
+"""Causal flash attention (Dao, 2023, "FlashAttention-2"): signature and dispatch."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.flash_attention import reference, tpu, xla
+from kernels_pallas.flash_attention.inputs import Inputs, Options, vary_like
+
+CHECKPOINT_NAME = "flash_attention"
+"""Name of the output and its lse for `jax.checkpoint_policies`."""
+
+IMPLEMENTATIONS = ("tpu", "xla", "reference")
+DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
+
+
+def flash_attention(
+    q: Float[Array, "B S H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G K"],
+    *,
+    segments: Int[Array, "B S"] | None = None,
+    window: Int[Array, ""] | int | None = None,
+    slopes: Float[Array, " H"] | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B S H K"]:
+    """Causal self-attention in memory that grows with S, not with S * S.
+
+    Query i sees key j if `0 <= i - j < window` and both are of one segment; query head
+    h reads key head `h // (H / G)`. Scores, softmax and sums are float32, the inputs
+    of matmuls have the dtype of `q`. Works inside `shard_map` on local arrays (it
+    sends nothing), and under `jit`, `grad`, `checkpoint`, `scan` and `vmap`.
+
+    Args:
+        q: queries, float32, bfloat16 or float16.
+        k, v: keys and values of the same dtype; G divides H.
+        segments: int32, the document of each token; None: one document.
+        window: at least 1; None sees everything before. A Python int leaves the blocks
+            outside of the window out of the program; a traced int32 scalar may differ
+            between layers of a scan.
+        slopes: float32, ALiBi (Press et al., 2022): `slopes[h] * (i - j)` is
+            subtracted from the score. A constant: no gradient flows to it.
+        scale: factor of the scores, K**-0.5 by default.
+        implementation: "tpu" (Pallas), "xla" (plain JAX, blockwise) or "reference"
+            (plain JAX, whole scores); None takes "tpu" where the program is compiled
+            for a TPU and "xla" elsewhere.
+
+    Raises:
+        ValueError: shapes that do not fit, a window below 1, an unknown implementation.
+        TypeError: unsupported or differing dtypes.
+    """
+    out, _ = flash_attention_with_lse(
+        q,
+        k,
+        v,
+        segments=segments,
+        window=window,
+        slopes=slopes,
+        scale=scale,
+        implementation=implementation,
+    )
+    return out
+
+
+def flash_attention_with_lse(
+    q: Float[Array, "B S H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G K"],
+    *,
+    segments: Int[Array, "B S"] | None = None,
+    window: Int[Array, ""] | int | None = None,
+    slopes: Float[Array, " H"] | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B S H K"], Float[Array, "B H S"]]:
+    """`flash_attention` and the log of its normaliser, both differentiable.
+
+    Attention over parts of the keys can be put together from the outputs of the parts,
+    weighted by `exp(lse)` (ring attention).
+
+    Returns:
+        the output, and lse = log(sum(exp(score))) per head and query, float32.
+
+    Raises:
+        as `flash_attention`.
+    """
+    _check_shapes(q, k, v, segments, slopes)
+    _check_dtypes(q, k, v, segments, slopes)
+    _check_options(window, implementation)
+    if isinstance(window, int) and window >= q.shape[1]:
+        window = None
+    if slopes is not None:
+        slopes = lax.stop_gradient(slopes)
+    options = Options(
+        q.shape[-1] ** -0.5 if scale is None else float(scale),
+        window if isinstance(window, int) else None,
+    )
+    window = None if window is None else jnp.asarray(window, jnp.int32)
+    inputs = _vary_alike(Inputs(q, k, v, segments, window, slopes))
+    if implementation == "reference":
+        return reference.attention(options, inputs)
+    return _attend(options, implementation, inputs)
+
+
+def _vary_alike(inputs: Inputs) -> Inputs:
+    """All of the arrays marked as varying along the mesh axes that any of them does.
+
+    The kernels' gradients vary as their inputs do; what is marked here is summed over
+    the added axes on the way back.
+    """
+    arrays = jax.tree.leaves(inputs)
+    return jax.tree.map(lambda x: vary_like(x, *arrays), inputs)
+
+
+def _attention(
+    options: Options, implementation: str | None, inputs: Inputs
+) -> tuple[Array, Array]:
+    """Output and lse, by the chosen implementation."""
+    on_tpu = functools.partial(tpu.forward, options)
+    elsewhere = functools.partial(xla.forward, options)
+    return _choose(implementation, on_tpu, elsewhere, inputs)
+
+
+def _attend_forward(
+    options: Options, implementation: str | None, inputs: Inputs
+) -> tuple[tuple[Array, Array], Any]:
+    out, lse = _attention(options, implementation, inputs)
+    out = checkpoint_name(out, CHECKPOINT_NAME)
+    lse = checkpoint_name(lse, CHECKPOINT_NAME)
+    return (out, lse), (inputs, out, lse)
+
+
+def _attend_backward(
+    options: Options,
+    implementation: str | None,
+    residuals: tuple[Inputs, Array, Array],
+    cotangents: tuple[Array, Array],
+) -> tuple[Any]:
+    inputs, out, lse = residuals
+    d_out, d_lse = cotangents
+    product = d_out.astype(jnp.float32) * out.astype(jnp.float32)
+    # dscore = weight * (dweight - delta): a row's dlse adds to every dscore of it.
+    delta = product.sum(axis=-1).swapaxes(1, 2) - d_lse
+    on_tpu = functools.partial(tpu.backward, options)
+    elsewhere = functools.partial(xla.backward, options)
+    arguments = (inputs, lse, delta, d_out)
+    gradients = _choose(implementation, on_tpu, elsewhere, *arguments)
+    dq, dk, dv = gradients
+    return (Inputs(dq, dk, dv, None, None, None),)
+
+
+_attend = jax.custom_vjp(_attention, nondiff_argnums=(0, 1))
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _choose(
+    implementation: str | None,
+    on_tpu: Callable[..., Any],
+    elsewhere: Callable[..., Any],
+    *arguments: Any,
+) -> Any:
+    """Calls one of two functions, by the platform that the program is compiled for.
+
+    Inside of the custom gradient, so that no conditional is ever differentiated.
+    """
+    if implementation is None:
+        return lax.platform_dependent(*arguments, tpu=on_tpu, default=elsewhere)
+    return (on_tpu if implementation == "tpu" else elsewhere)(*arguments)
+
+
+def _check_shapes(
+    q: Array, k: Array, v: Array, segments: Array | None, slopes: Array | None
+) -> None:
+    if q.ndim != 4 or k.shape != v.shape or k.ndim != 4:
+        raise ValueError(
+            f"q {q.shape}, k {k.shape} and v {v.shape} should be q [B, S, H, K] and "
+            "k, v [B, S, G, K]"
+        )
+    (batch, length, heads, head_dim), groups = q.shape, k.shape[2]
+    if k.shape != (batch, length, groups, head_dim):
+        raise ValueError(
+            f"q {q.shape} and k {k.shape} differ in more than their heads; self-"
+            "attention takes the same B, S and K in q [B, S, H, K] and k [B, S, G, K]"
+        )
+    if min(q.shape) < 1 or groups < 1 or heads % groups:
+        raise ValueError(
+            f"q {q.shape} has {heads} heads and k {k.shape} has {groups}; the query "
+            "heads should be a multiple of the key heads, and no dim empty"
+        )
+    if segments is not None and segments.shape != (batch, length):
+        raise ValueError(
+            f"segments {segments.shape} should be [B, S] = {(batch, length)}, one "
+            "number per token"
+        )
+    if slopes is not None and slopes.shape != (heads,):
+        raise ValueError(
+            f"slopes {slopes.shape} should be [H] = {(heads,)}, one number per head"
+        )
+
+
+def _check_dtypes(
+    q: Array, k: Array, v: Array, segments: Array | None, slopes: Array | None
+) -> None:
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        names = [dtype.name for dtype in DTYPES]
+        raise TypeError(
+            f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; give all three the "
+            f"same dtype, one of {names}"
+        )
+    if segments is not None and segments.dtype != jnp.int32:
+        raise TypeError(f"segments are {segments.dtype}; give int32")
+    if slopes is not None and slopes.dtype != jnp.float32:
+        raise TypeError(f"slopes are {slopes.dtype}; give float32")
+
+
+def _check_options(window: Array | int | None, implementation: str | None) -> None:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation {implementation!r}; choose one of "
+            f"{list(IMPLEMENTATIONS)}, or None to go by the platform"
+        )
+    if isinstance(window, int):
+        if window < 1:
+            raise ValueError(f"window={window}; give at least 1, or None for no window")
+    elif window is not None and (window.shape != () or window.dtype != jnp.int32):
+        raise ValueError(
+            f"window is {window.dtype} {window.shape}; give an int, or an int32 scalar"
+        )

@@ -1,0 +1,60 @@
+"""What every implementation of flash attention is given."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The arrays of one call.
+
+    Attributes:
+        q, k, v: queries, keys and values.
+        segments: the document of each token, or None: all are of one.
+        window: int32 scalar, how far back a query sees; None without a window.
+        slopes: ALiBi's penalty per token of distance, or None.
+    """
+
+    q: Float[Array, "B S H K"]
+    k: Float[Array, "B S G K"]
+    v: Float[Array, "B S G K"]
+    segments: Int[Array, "B S"] | None
+    window: Int[Array, ""] | None
+    slopes: Float[Array, " H"] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is known when the program is traced.
+
+    Attributes:
+        scale: factor of the scores.
+        window: the value of `Inputs.window` if it is known: blocks outside of it then
+            are not in the program. None otherwise.
+    """
+
+    scale: float
+    window: int | None
+
+
+def pad_dim(x: Array, dim: int, size: int) -> Array:
+    """`x` with zeros after the end of dim `dim`, up to `size`."""
+    widths = [(0, 0)] * x.ndim
+    widths[dim] = (0, size - x.shape[dim])
+    return jnp.pad(x, widths)
+
+
+def varying(x: Array) -> frozenset[str]:
+    """The mesh axes of the `shard_map` around along which `x` may differ."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def vary_like(x: Array, *others: Array) -> Array:
+    """`x` marked as differing along every mesh axis that one of `others` does."""
+    missing = frozenset().union(*map(varying, others)) - varying(x)
+    return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x

@@ -1,0 +1,123 @@
+"""Rings of shifts against the compiler's own collectives, on simulated devices."""
+
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from jaxspeed import rings
+from jaxspeed.mesh import make_mesh
+from jaxspeed.plan import collectives
+
+MESHES = [dict(data=8), dict(data=2, seq=4), dict(data=3), dict(data=5)]
+
+
+def mesh_of(sizes):
+    count = math.prod(sizes.values())
+    return make_mesh(devices=jax.devices()[:count], **sizes), tuple(sizes), count
+
+
+NUMBERS = [1, 2, 3, 6, 8, 12, 16, 17, 34, 64, 96, 256, 512, 4096]
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("number", NUMBERS)
+def test_rings_cover_the_axis(number, dims):
+    found = rings.factor(number, dims)
+    assert math.prod(ring.size for ring in found) == number
+    for ring in found:
+        members = [device for group in ring.groups(number) for device in group]
+        assert sorted(members) == list(range(number))
+        pairs = ring.shift(number)
+        assert sorted(target for _, target in pairs) == list(range(number))
+        for group in ring.groups(number):
+            following = dict(pairs)
+            assert [following[d] for d in group] == group[1:] + group[:1]
+
+
+@pytest.mark.parametrize(
+    ("number", "dims", "sizes"),
+    [
+        (16, 2, [16]),
+        (32, 2, [8, 4]),
+        (64, 2, [8, 8]),
+        (256, 2, [16, 16]),
+        (8, 3, [2, 2, 2]),
+        (16, 3, [4, 2, 2]),
+        (64, 3, [4, 4, 4]),
+        (256, 3, [8, 8, 4]),
+        (512, 3, [8, 8, 8]),
+        (34, 3, [2, 17]),
+    ],
+)
+def test_rings_lie_along_the_dims_of_a_torus(number, dims, sizes):
+    assert [ring.size for ring in rings.factor(number, dims)] == sizes
+
+
+@pytest.mark.parametrize("torus", [2, 3])
+@pytest.mark.parametrize("shifts_only", [True, False])
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_gather_is_the_compilers(sizes, shifts_only, torus):
+    mesh, axes, count = mesh_of(sizes)
+    way = rings.factor(count, torus)
+    shapes, dims = [(2, 3), (4, 2, 5), (6,), (2, 1, 5)], [0, 1, 0, 2]
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    arrays = [
+        jax.random.normal(key, (count, *shape))
+        for key, shape in zip(keys, shapes, strict=True)
+    ]
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P(axes), out_specs=P(axes))
+    def both(arrays):
+        local = [x[0] for x in arrays]
+        ours = rings.all_gather(local, axes, way, dims=dims, shifts_only=shifts_only)
+        theirs = [
+            lax.all_gather(x, axes, axis=dim, tiled=True)
+            for x, dim in zip(local, dims, strict=True)
+        ]
+        return [x[None] for x in ours], [x[None] for x in theirs]
+
+    ours, theirs = both(arrays)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.mark.parametrize("torus", [2, 3])
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_reduce_scatter_is_the_compilers_and_sends_the_least(sizes, torus):
+    mesh, axes, count = mesh_of(sizes)
+    way = rings.factor(count, torus)
+    shapes, dims = [(2 * count, 3), (4, count, 3), (count,)], [0, 1, 0]
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    arrays = [
+        jax.random.normal(key, (count, *shape))
+        for key, shape in zip(keys, shapes, strict=True)
+    ]
+
+    def local(scatter):
+        @jax.jit
+        @functools.partial(
+            jax.shard_map, mesh=mesh, in_specs=P(axes), out_specs=P(axes)
+        )
+        def run(arrays):
+            return [x[None] for x in scatter([x[0] for x in arrays])]
+
+        return run
+
+    ours = local(lambda xs: rings.reduce_scatter(xs, axes, way, dims=dims))
+    theirs = local(
+        lambda xs: [
+            lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
+            for x, dim in zip(xs, dims, strict=True)
+        ]
+    )
+    for a, b in zip(ours(arrays), theirs(arrays), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    found = collectives(ours.lower(arrays).compile(), mesh)
+    whole = sum(4 * math.prod(shape) for shape in shapes)
+    assert sum(each.bytes_sent for each in found) == whole * (count - 1) // count
+    assert {each.op for each in found} == {"collective-permute"}
