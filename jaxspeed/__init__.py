@@ -1,11 +1,14 @@
 """jaxspeed: the DeepSpeed family of systems, rebuilt for JAX. See README.md."""
 
 from jaxspeed import checkpoint as checkpoint
+from jaxspeed import chips as chips
 from jaxspeed import comm as comm
 from jaxspeed import config as config
 from jaxspeed import data as data
 from jaxspeed import models as models
 from jaxspeed import optim as optim
+from jaxspeed import plan as plan
+from jaxspeed import profiler as profiler
 from jaxspeed import train as train
 from jaxspeed.checkpoint import Checkpoint as Checkpoint
 from jaxspeed.config import Batch as Batch

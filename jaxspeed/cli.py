@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 
-from jaxspeed.commands import bench, convert, ds_config, env, generate, train
+from jaxspeed.commands import bench, convert, ds_config, env, generate, plan, train
 
 COMMANDS: dict[str, tuple[Any, str]] = {
     "train": (train, "train a decoder on text, or go on with a run"),
+    "plan": (plan, "memory, traffic and time of a run, for devices that are not there"),
     "generate": (generate, "continue a prompt with a trained model"),
     "convert": (convert, "Hugging Face folder to run folder and back"),
     "ds-config": (ds_config, "what each key of a DeepSpeed configuration does here"),
@@ -20,7 +21,7 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "env": (env, "devices, versions, and what is missing for what"),
 }
 SIMULATED_DEVICES = 8
-CONFIGURED = ("train",)
+CONFIGURED = ("train", "plan")
 """Commands that take --config and fields of it."""
 
 
@@ -63,7 +64,11 @@ def _parser() -> argparse.ArgumentParser:
                 help="a .py file with get_config(), or .gin or .json",
             )
         module.add_arguments(command)
-        _add_device_arguments(command)
+        if module is not plan:  # it runs on no device
+            _add_device_arguments(command)
+        command.add_argument(
+            "--traceback", action="store_true", help="show where an error came from"
+        )
     return parser
 
 
@@ -84,21 +89,20 @@ def _add_device_arguments(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--num-processes", type=int, metavar="N")
     group.add_argument("--process-id", type=int, metavar="I")
-    group.add_argument(
-        "--traceback", action="store_true", help="show where an error came from"
-    )
 
 
 def _prepare_devices(arguments: argparse.Namespace) -> None:
     """Settings that must stand before JAX first looks for devices."""
+    if arguments.command == "plan":
+        _look_only_for("cpu")
+        _simulate(plan.simulated_devices(arguments))
+        return
     if arguments.cpu_devices < 1:
         raise ValueError(f"--cpu-devices={arguments.cpu_devices}; give at least 1")
     if not any(_device_files("accel*", "vfio/*", "nvidia*", "kfd", "dxg")):
         # An installed libtpu or CUDA plugin would look for its device, at length.
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", arguments.cpu_devices)
+        _look_only_for(os.environ.get("JAX_PLATFORMS", "cpu"))
+    _simulate(arguments.cpu_devices)
     if arguments.coordinator == "auto":
         jax.distributed.initialize()
     elif arguments.coordinator:
@@ -109,6 +113,18 @@ def _prepare_devices(arguments: argparse.Namespace) -> None:
         jax.distributed.initialize(
             arguments.coordinator, arguments.num_processes, arguments.process_id
         )
+
+
+def _look_only_for(platforms: str) -> None:
+    """Has JAX, and processes started from here, use no other platforms."""
+    os.environ["JAX_PLATFORMS"] = platforms
+    jax.config.update("jax_platforms", platforms)
+
+
+def _simulate(count: int) -> None:
+    """Has JAX show `count` CPU devices, unless XLA_FLAGS says how many."""
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", count)
 
 
 def _device_files(*patterns: str) -> Iterator[pathlib.Path]:

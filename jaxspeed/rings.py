@@ -68,8 +68,9 @@ class Ring:
 def factor(num_devices: int, dims: int) -> list[Ring]:
     """Rings that together make up an axis, fastest first, the fastest the largest.
 
-    A mesh numbers the devices of a torus along one dim after the other (those of a
-    small square in a ring), and tori are nearly cubes: the rings then lie along dims.
+    A mesh numbers the devices of a torus along one dim after the other, and tori are
+    nearly cubes: the rings then lie along dims. Few devices are one ring, whose many
+    small messages hide better than a few large ones.
 
     Args:
         num_devices: on the axis.
@@ -77,7 +78,7 @@ def factor(num_devices: int, dims: int) -> list[Ring]:
     """
     sizes: list[int] = []
     rest = num_devices
-    if dims == 2 and rest <= LARGEST_GROUP:
+    if rest <= LARGEST_GROUP:
         dims = 1
     while rest > 1:
         left = max(1, dims - len(sizes))
@@ -182,15 +183,22 @@ def _in_bundles(
     parts = ring.size if stage is _scatter_by_shifts else 1
     shapes = [_part(x, dim, parts) for x, dim in zip(arrays, dims, strict=True)]
     done: dict[int, Array] = {}
+    direction = 1  # bundles take turns, so that both directions of the links are used
     for members in _bundles(shapes, [x.dtype for x in arrays]):
         chosen, at = [arrays[i] for i in members], [dims[i] for i in members]
-        results = stage(chosen, axes, size, ring, at)
+        results = stage(chosen, axes, size, ring, at, direction)
         done |= dict(zip(members, results, strict=True))
+        direction = -direction
     return [done[number] for number in range(len(arrays))]
 
 
 def _gather_by_shifts(
-    shards: list[Array], axes: Axes, size: int, ring: Ring, dims: list[int]
+    shards: list[Array],
+    axes: Axes,
+    size: int,
+    ring: Ring,
+    dims: list[int],
+    direction: int,
 ) -> list[Array]:
     place = ring.position(lax.axis_index(axes))
     bundle = _Bundle(tuple(x.shape for x in shards))
@@ -200,7 +208,7 @@ def _gather_by_shifts(
         return lax.pcast(jnp.zeros(shape, x.dtype), axes, to="varying")
 
     def put(wholes: list[Array], shards: list[Array], steps_back: int) -> list[Array]:
-        where = (place - steps_back) % ring.size
+        where = (place - direction * steps_back) % ring.size
         return [
             lax.dynamic_update_slice_in_dim(whole, x, where * x.shape[dim], axis=dim)
             for whole, x, dim in zip(wholes, shards, dims, strict=True)
@@ -211,21 +219,26 @@ def _gather_by_shifts(
     onward = back = bundle.pack(shards)
     for step in range(1, ring.size // 2 + 1):
         # every shard moves to the next device of its ring, and to the one before
-        onward = lax.ppermute(onward, axes, ring.shift(size))
+        onward = lax.ppermute(onward, axes, ring.shift(size, direction))
         wholes = put(wholes, bundle.unpack(onward), step)
         if 2 * step < ring.size:
-            back = lax.ppermute(back, axes, ring.shift(size, by=-1))
+            back = lax.ppermute(back, axes, ring.shift(size, -direction))
             wholes = put(wholes, bundle.unpack(back), -step)
     return wholes
 
 
 def _scatter_by_shifts(
-    arrays: list[Array], axes: Axes, size: int, ring: Ring, dims: list[int]
+    arrays: list[Array],
+    axes: Axes,
+    size: int,
+    ring: Ring,
+    dims: list[int],
+    direction: int,
 ) -> list[Array]:
     place = ring.position(lax.axis_index(axes))
 
     def parts(steps_back: int) -> list[Array]:
-        where = (place - steps_back) % ring.size
+        where = (place - direction * steps_back) % ring.size
         lengths = [
             x.shape[dim] // ring.size for x, dim in zip(arrays, dims, strict=True)
         ]
@@ -240,5 +253,6 @@ def _scatter_by_shifts(
     total = bundle.pack(first)
     for step in range(2, ring.size + 1):
         # [..., n / ring, ...] partial sums to the next device of the ring
-        total = lax.ppermute(total, axes, ring.shift(size)) + bundle.pack(parts(step))
+        total = lax.ppermute(total, axes, ring.shift(size, direction))
+        total = total + bundle.pack(parts(step))
     return bundle.unpack(total)

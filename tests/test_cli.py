@@ -1,15 +1,22 @@
 """The command line as a user sees it: output, exit status, one clear line on error."""
 
+import dataclasses
+import io
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 
-from jaxspeed import cli
+from jaxspeed import cli, plan
+from jaxspeed.chips import CHIPS
+from jaxspeed.commands.progress import elapsed
 from jaxspeed.commands.table import table
+from jaxspeed.config import override
+from jaxspeed.train.default import default_config
 
 SMALL = [
     "--config.model.dim=32",
@@ -78,6 +85,9 @@ def test_generate_streams_from_the_run(trained):
         (["convert", "nowhere", "target"], "nowhere"),
         (["ds-config", "nowhere.json"], "nowhere.json"),
         (["train", "--coordinator=127.0.0.1:1"], "needs --num-processes"),
+        (["plan", "--topology=v9:2x2"], "unknown topology 'v9:2x2'"),
+        (["plan", "--config.mesh.data=3"], "topology cpu:8 has 8 devices"),
+        (["plan", "--config.zero.stage=7"], "zero.stage is 7"),
     ],
 )
 def test_mistakes_end_in_one_line(arguments, message, tmp_path, capsys, monkeypatch):
@@ -109,6 +119,60 @@ def test_ds_config_as_json(tmp_path, capsys):
     assert {row["verdict"] for row in keys} == {"honoured"}
     path.write_text('{"train_batch_sise": 8}')
     assert cli.main(["ds-config", str(path)]) == 2
+
+
+def test_plan_fits_one_screen_and_prints_the_contract(capsys, monkeypatch):
+    made = []
+
+    def report(config, topology):
+        made.append(made[0] if made else plan.report(config, topology))
+        return made[-1]
+
+    monkeypatch.setattr(cli.plan, "report", report)
+    arguments = ["plan", "--topology=cpu:8", *SMALL]
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr()
+    assert "8 devices as data 4 x tensor 2, ZeRO stage 3" in shown.out
+    for word in ("optimizer state", "largest at the peak", "all-gather", "fits"):
+        assert word in shown.out
+    assert len(shown.out.splitlines()) < 60
+    assert cli.main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["devices"] == 8 and found["per_device"]["peak_bytes"] > 0
+
+
+def test_plan_says_what_does_not_fit(capsys, monkeypatch):
+    made = plan.report(small_config(), "cpu:8")
+    chip = dataclasses.replace(CHIPS["v5e"], usable_hbm_bytes=1000)
+    advice = (plan.Advice("--config.remat=full", 5_000_000, True),)
+    large = dataclasses.replace(made, chip=chip, advice=advice)
+    monkeypatch.setattr(cli.plan, "report", lambda config, topology: large)
+    assert cli.main(["plan", *SMALL]) == 0
+    shown = capsys.readouterr().out
+    assert "DOES NOT FIT" in shown
+    assert "--config.remat=full: saves 5 MB" in shown
+
+
+class Screen(io.StringIO):
+    """Stands for stderr, a terminal or not."""
+
+    def __init__(self, terminal):
+        super().__init__()
+        self.isatty = lambda: terminal
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_long_work_shows_that_it_goes_on(terminal, monkeypatch):
+    screen = Screen(terminal)
+    monkeypatch.setattr("sys.stderr", screen)
+    with elapsed("compiling", every=0.001):
+        while "compiling" not in screen.getvalue():
+            time.sleep(0.001)
+    assert screen.getvalue().endswith("\x1b[K" if terminal else "compiling ...\n")
+
+
+def small_config():
+    return override(default_config(), SMALL)
 
 
 def test_a_bench_prints_the_contract(capsys, monkeypatch):

@@ -6,10 +6,12 @@ A bench compares within one interleaved run and reports medians and ratios.
 from collections.abc import Callable
 from typing import Any
 
-from jaxspeed.bench import engine, resume, zero
+from jaxspeed.bench import engine, estimate, pods, resume, zero
 
 BENCHES: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "engine": engine.run,
+    "estimate": estimate.run,
+    "pods": pods.run,
     "zero": zero.run,
     "resume": resume.run,
 }

@@ -1,6 +1,8 @@
 """`jaxspeed train`: the main job, from text to a trained decoder and a sample."""
 
 import argparse
+import contextlib
+import pathlib
 import shlex
 import sys
 from typing import Any
@@ -12,6 +14,8 @@ from jaxspeed import gin_config
 from jaxspeed.config import Config, load, override
 from jaxspeed.data import BareIds
 from jaxspeed.models.parameters import to_decoder
+from jaxspeed.profiler import Profile
+from jaxspeed.profiler.profile import DEFAULT_STEPS
 from jaxspeed.serve import Sampling, generate
 from jaxspeed.train.default import default_config
 from jaxspeed.train.loop import Outcome, train
@@ -28,13 +32,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="start from the weights of a Hugging Face folder",
     )
+    parser.add_argument(
+        "--profile",
+        nargs="?",
+        type=int,
+        const=DEFAULT_STEPS,
+        metavar="STEPS",
+        help="count the work of each module, trace some steps (%(const)s) and tell "
+        "where their time goes; written to WORKDIR/profile",
+    )
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Trains; 0 when the run is complete, 130 when it was interrupted."""
     config = override(_base(arguments.config), overrides)
     _say(_headline(config))
-    outcome = train(config, arguments.workdir, _say, pretrained=arguments.pretrained)
+    with _profile(arguments) as observer:
+        outcome = train(
+            config,
+            arguments.workdir,
+            _say,
+            pretrained=arguments.pretrained,
+            observer=observer,
+        )
     if outcome.interrupted:
         again = shlex.join(["jaxspeed", *sys.argv[1:]])
         _say(
@@ -50,6 +70,15 @@ def _base(path: str | None) -> Config:
     if path is None:
         return default_config()
     return gin_config.load(path) if path.endswith(".gin") else load(path)
+
+
+def _profile(
+    arguments: argparse.Namespace,
+) -> contextlib.AbstractContextManager[Profile | None]:
+    if arguments.profile is None:
+        return contextlib.nullcontext()
+    folder = pathlib.Path(arguments.workdir) / "profile"
+    return Profile(folder, arguments.profile, _say)
 
 
 def _say(line: str) -> None:

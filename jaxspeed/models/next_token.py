@@ -1,8 +1,8 @@
 """Next-token loss without whole logits.
 
-The logits of a long sequence over a large vocabulary are the largest array of a training
-step (8192 x 128256 in float32: 4.2 GB). They are made for a chunk of the sequence at a
-time and made again in the backward pass.
+The logits of a long sequence over a large vocabulary are the largest array of a
+training step (8192 x 128256 in float32: 4.2 GB). They are made for a chunk of the
+sequence at a time and made again in the backward pass.
 """
 
 from collections.abc import Callable
@@ -21,11 +21,9 @@ CHUNK_BYTES = 2**29
 
 
 def chunk_count(batch: int, length: int, vocabulary: int) -> int:
-    """The fewest equal chunks of the sequence whose logits fit in `CHUNK_BYTES`."""
+    """The fewest chunks of a sequence whose logits fit in `CHUNK_BYTES`."""
     tokens = max(1, CHUNK_BYTES // (4 * batch * vocabulary))
-    return next(
-        n for n in range(1, length + 1) if length % n == 0 and length <= n * tokens
-    )
+    return -(-length // tokens)
 
 
 def next_token_losses(
@@ -48,12 +46,16 @@ def next_token_losses(
     if count == 1:
         return tensor.cross_entropy(logits_of(x), targets)
 
+    size = -(-length // count)
+    missing = ((0, 0), (0, count * size - length))
+    x, targets = jnp.pad(x, (*missing, (0, 0))), jnp.pad(targets, missing)
+
     @jax.checkpoint
     def chunk(index: Array) -> Array:
-        part = lambda y: lax.dynamic_slice_in_dim(  # noqa: E731
-            y, index * (length // count), length // count, axis=1
-        )
+        def part(y: Array) -> Array:
+            return lax.dynamic_slice_in_dim(y, index * size, size, axis=1)
+
         return tensor.cross_entropy(logits_of(part(x)), part(targets))
 
     losses = lax.map(chunk, comm.vary(jnp.arange(count), AXES))
-    return jnp.moveaxis(losses, 0, 1).reshape(batch, length)
+    return jnp.moveaxis(losses, 0, 1).reshape(batch, -1)[:, :length]

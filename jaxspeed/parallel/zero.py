@@ -288,7 +288,7 @@ def reduce_gradient(placement: Placement, gradient: Array) -> Array:
 def gather_updated(placement: Placement, updated: Array) -> Array:
     """The whole parameter after each device has updated its shard (stages 1 and 2)."""
     # [..., n@axes, ...] -> [..., n, ...]
-    return comm.all_gather_same(updated, placement.axes, dim=placement.dim)
+    return comm.all_gather(updated, placement.axes, dim=placement.dim)
 
 
 def never_saved(policy: Callable[..., Any] | None = None) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ reshaped and transposed range, `[4,2]<=[2,4]T(1,0)`; and as axes of a mesh of it
 program's device assignment, which for `jax.jit` is `mesh.devices.flat`.
 """
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -71,7 +72,13 @@ def source_target_pairs(instruction: hlo.Instruction) -> Groups:
             f"{instruction.name!r}: {instruction.attributes[:200]!r}; known is "
             "{{0,1},{1,0}}"
         )
-    return tuple(_integers(pair) for pair in re.findall(r"\{([\d,]+)\}", match[1]))
+    return _pairs(match[1])
+
+
+# Programs for hundreds of devices repeat few lists of pairs in thousands of permutes.
+@functools.lru_cache(maxsize=1024)
+def _pairs(text: str) -> Groups:
+    return tuple(_integers(pair) for pair in re.findall(r"\{([\d,]+)\}", text))
 
 
 def spanned_axes(
@@ -85,24 +92,36 @@ def spanned_axes(
     spans = {_span(group, axis_sizes) for group in groups}
     if len(spans) != 1:
         return (IRREGULAR,)
-    return tuple(
-        name for name, differs in zip(axis_names, spans.pop(), strict=True) if differs
-    )
+    return _named(spans.pop(), axis_names)
 
 
 def shifted_axes(
     pairs: Groups, axis_names: Sequence[str], axis_sizes: Sequence[int]
 ) -> tuple[str, ...]:
     """The mesh axes along which any source differs from its target, in mesh order."""
-    spans = [_span(pair, axis_sizes) for pair in pairs]
-    return tuple(
-        name for index, name in enumerate(axis_names) if any(s[index] for s in spans)
-    )
+    return _named(_shift(pairs, tuple(axis_sizes)), axis_names)
 
 
 def _span(group: tuple[int, ...], axis_sizes: Sequence[int]) -> tuple[bool, ...]:
     coordinates = np.unravel_index(np.asarray(group), tuple(axis_sizes))
     return tuple(bool((along != along[0]).any()) for along in coordinates)
+
+
+@functools.lru_cache(maxsize=1024)
+def _shift(pairs: Groups, axis_sizes: tuple[int, ...]) -> tuple[bool, ...]:
+    sources, targets = np.asarray(pairs, int).reshape(-1, 2).T
+    return tuple(
+        bool((source != target).any())
+        for source, target in zip(
+            np.unravel_index(sources, axis_sizes),
+            np.unravel_index(targets, axis_sizes),
+            strict=True,
+        )
+    )
+
+
+def _named(differs: tuple[bool, ...], axis_names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name, each in zip(axis_names, differs, strict=True) if each)
 
 
 def _mesh_groups(match: re.Match[str]) -> Groups:

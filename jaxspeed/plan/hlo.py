@@ -16,7 +16,10 @@ _INSTRUCTION = re.compile(
     r"\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = "
     r"(?P<type>\(.*?\)|\S+) (?P<opcode>[a-z][\w\-]*)\((?P<rest>.*)"
 )
-_ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\]")
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
+# Memory space 1 of a TPU is on the chip; its layouts are tiled. Untiled, it is the part
+# of a GPU's memory that collectives reach. 5 is the host's; the rest is for scalars.
+_HBM = re.compile(r"(?!.*S\(\d+\))|(?!.*T\()(?=.*S\(1\))")
 _DTYPE_BITS = re.compile(r"(?:s|u|f|bf|c)(\d+)")
 _CALLED = re.compile(
     r"\b(?:calls|to_apply|body|condition|branch_computations|called_computations"
@@ -33,16 +36,25 @@ class Shape:
     dims: tuple[int, ...]
 
     @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.dims)
+
+    @property
     def bytes(self) -> int:
         """Bytes of the elements; those narrower than a byte are packed, no padding.
 
         Raises:
             ValueError: an element type whose width is not known.
         """
-        return -(-math.prod(self.dims) * _bits(self.dtype) // 8)
+        return -(-self.size * _bits(self.dtype) // 8)
 
     def __str__(self) -> str:
         return f"{self.dtype}[{','.join(map(str, self.dims))}]"
+
+
+def _shape(dtype: str, dims: str) -> Shape:
+    return Shape(dtype, tuple(int(dim.strip("<=")) for dim in dims.split(",") if dim))
 
 
 def _bits(dtype: str) -> int:
@@ -81,8 +93,15 @@ class Instruction:
     def shapes(self) -> tuple[Shape, ...]:
         """The arrays of the result, those of nested tuples in order."""
         return tuple(
-            Shape(dtype, tuple(int(dim.strip("<=")) for dim in dims.split(",") if dim))
-            for dtype, dims in _ARRAY.findall(self.type)
+            _shape(dtype, dims) for dtype, dims, _ in _ARRAY.findall(self.type)
+        )
+
+    @property
+    def hbm_shapes(self) -> tuple[Shape | None, ...]:
+        """Like `shapes`; None for arrays that lie elsewhere than in device memory."""
+        return tuple(
+            _shape(dtype, dims) if _HBM.match(layout) else None
+            for dtype, dims, layout in _ARRAY.findall(self.type)
         )
 
     @property

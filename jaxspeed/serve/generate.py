@@ -24,8 +24,8 @@ from jaxtyping import Array, Int32, Key, UInt32
 
 from jaxspeed import comm, spec
 from jaxspeed.mesh import AXES, make_mesh, settle
-from jaxspeed.models.dims import leaves
 from jaxspeed.models.attention import Places
+from jaxspeed.models.dims import leaves
 from jaxspeed.models.transformer import Cache, Decoder
 from jaxspeed.parallel import tensor
 from jaxspeed.serve.sampling import Sampling, sample

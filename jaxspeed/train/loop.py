@@ -10,16 +10,19 @@ import pathlib
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import jax
 from flax import nnx
 from tqdm import tqdm
 
+from jaxspeed.chips import chip_of
 from jaxspeed.config import Config, from_json, to_json
 from jaxspeed.data import Batch, Batches, Tokenizer, train_batches
+from jaxspeed.mesh import make_mesh
 from jaxspeed.models import Decoder, load_params, read_config
+from jaxspeed.models.flops import model_flops
 from jaxspeed.train.engine import Engine, initialize
 from jaxspeed.train.evaluate import HeldOut, evaluate
 from jaxspeed.train.layout import shardings
@@ -48,12 +51,43 @@ class Outcome:
     interrupted: bool
 
 
+class Observer(Protocol):
+    """Watches a run without changing it, a profiler for instance."""
+
+    def begin(self, engine: Engine, state: TrainState, batch: Batch) -> None:
+        """Called once, before the first step of this run, with what it will be given.
+
+        Tracing `engine.step(state, batch)` is allowed, running it is not: that would
+        consume the state.
+        """
+        ...
+
+    def span(self, part: str, step: int) -> AbstractContextManager[Any]:
+        """Encloses a part of a step.
+
+        Args:
+            part: "data", "step" (hands it to the devices), "metrics" (waits for it),
+                "save" or "evaluate".
+            step: number of the step, from 1; metrics can be those of the step before.
+        """
+        ...
+
+
+class _Unobserved:
+    def begin(self, engine: Engine, state: TrainState, batch: Batch) -> None:
+        pass
+
+    def span(self, part: str, step: int) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+
 def train(
     config: Config,
     workdir: str,
     say: Callable[[str], None],
     *,
     pretrained: str | None = None,
+    observer: Observer | None = None,
 ) -> Outcome:
     """Runs `config` in `workdir` up to `config.run.steps`, resuming what is there.
 
@@ -62,6 +96,7 @@ def train(
         workdir: created if missing.
         say: prints a line for the user.
         pretrained: a Hugging Face folder to start from; it sets `config.model`.
+        observer: told about every step of this run.
 
     Raises:
         ValueError: the directory holds another run, or the configuration does not fit
@@ -79,7 +114,9 @@ def train(
         config = dataclasses.replace(config, checkpoint=place)
     tokenizer = config.data.load_tokenizer()
     _check_vocabulary(config, tokenizer)
-    engine = initialize(config, lambda rngs: make_decoder(config, rngs))
+    mesh = make_mesh(config.mesh)
+    config = config.sized_for(mesh)
+    engine = initialize(config, lambda rngs: make_decoder(config, rngs), mesh=mesh)
 
     def look(state: TrainState) -> None:
         _held_out(engine, state, tokenizer, record, say)
@@ -88,8 +125,9 @@ def train(
     batches = train_batches(config.data, config.batch.size)
     state, start = _start(engine, batches, config, pretrained, say)
     record = Metrics(folder / "metrics.jsonl", start) if _leads() else None
-    progress = _Progress(config, record, say, start)
-    state, last, interrupted = _steps(engine, state, batches, progress, look)
+    progress = _Progress(engine, record, say, start)
+    watch = observer or _Unobserved()
+    state, last, interrupted = _steps(engine, state, batches, progress, look, watch)
     _save_newest(engine, state, batches)
     held_out = None
     if not interrupted:
@@ -162,6 +200,7 @@ def _steps(
     batches: Batches,
     progress: "_Progress",
     look: Callable[[TrainState], None],
+    observer: Observer,
 ) -> tuple[TrainState, int, bool]:
     """Steps until the end or a signal; metrics are read one step late.
 
@@ -171,30 +210,42 @@ def _steps(
     config = engine.config
     total, save_every = config.run.steps, config.checkpoint.every
     look_every = config.run.evaluate_every
-    last, pending = progress.start, None
+    last, pending, span = progress.start, None, observer.span
+
+    def report(step: int, metrics: dict[str, Any]) -> None:
+        with span("metrics", step):
+            progress.report(step, metrics)
+
     with _stop_signal() as stopped, progress:
         for step in range(progress.start + 1, total + 1):
-            state, metrics = engine.step(state, _next(batches, engine, state))
+            with span("data", step):
+                batch = _next(batches, engine, state)
+            if step == progress.start + 1:
+                observer.begin(engine, state, batch)
+            with span("step", step):
+                state, metrics = engine.step(state, batch)
             if pending:
-                progress.report(*pending)
+                report(*pending)
             pending, last = (step, metrics), step
             loss: Any = metrics["loss"]
             if loss.is_ready():  # nothing to wait for
-                progress.report(*pending)
+                report(*pending)
                 pending = None
             if stopped():
                 break
             saves = save_every and step % save_every == 0 and step < total
             looks = look_every and step % look_every == 0 and step < total
             if pending and (saves or looks):
-                progress.report(*pending)
+                report(*pending)
                 pending = None
             if saves:
-                engine.save(state, _notes(batches))
+                with span("save", step):
+                    engine.save(state, _notes(batches))
             if looks:
-                look(state)
+                with span("evaluate", step):
+                    look(state)
         if pending:
-            progress.report(*pending)
+            report(*pending)
     return state, last, last < total
 
 
@@ -220,14 +271,18 @@ class _Progress:
 
     def __init__(
         self,
-        config: Config,
+        engine: Engine,
         record: Metrics | None,
         say: Callable[[str], None],
         start: int,
     ) -> None:
         self.start = start
-        self._config, self._record, self._say = config, record, say
-        self._tokens = config.batch.size * config.data.sequence_length
+        self._config, self._record, self._say = engine.config, record, say
+        config, length = engine.config, engine.config.data.sequence_length
+        self._tokens = config.batch.size * length
+        self._flops = model_flops(config.model, self._tokens, length)
+        chip = chip_of(engine.mesh.devices.flat[0])
+        self._peak = chip.bf16_flops * engine.mesh.size if chip else None
         self._before = time.perf_counter()
         self._bar = tqdm(
             total=config.run.steps,
@@ -253,7 +308,10 @@ class _Progress:
             **values,
             "step_seconds": seconds,
             "tokens_per_second": self._tokens / seconds,
+            "model_flops_per_second": self._flops / seconds,
         }
+        if self._peak:
+            row["mfu"] = self._flops / seconds / self._peak
         if self._record:
             self._record.write(row)
         speed = f"{row['tokens_per_second']:,.0f}"

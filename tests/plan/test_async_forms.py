@@ -219,6 +219,15 @@ backend_config={"known_trip_count":{"n":"3"}}
 """
 
 
+ASYNCHRONOUS = (
+    TPU_PERMUTE,
+    TPU_ASYNC_FUSION,
+    TPU_SPARSE_CORE_CALL,
+    WRAPPED_ASYNC,
+    SEND_AND_RECEIVE,
+)
+
+
 @pytest.fixture(scope="module")
 def mesh():
     return make_mesh(data=2, seq=2, tensor=2)
@@ -255,6 +264,7 @@ def test_counted_once(mesh, program, op, axes, payload_bytes, bytes_sent):
     assert (found.op, found.axes) == (op, axes)
     assert (found.payload_bytes, found.bytes_sent) == (payload_bytes, bytes_sent)
     assert found.count == 1
+    assert found.asynchronous == (program in ASYNCHRONOUS)
 
 
 def test_tokens_are_not_operands(mesh):
@@ -271,6 +281,7 @@ def test_gpu_starts(mesh):
         ("all-to-all", ("seq",), x_bytes // 2),
         ("reduce-scatter", ("seq", "tensor"), x_bytes * 3 // 4),
     ]
+    assert [each.asynchronous for each in found] == [False, True, True, True]
 
 
 def test_loop_condition_runs_once_more_than_the_body(mesh):

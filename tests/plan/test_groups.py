@@ -87,3 +87,28 @@ def test_axes_of_a_ring_are_those_that_any_step_crosses():
     ring = tuple((i, (i + 1) % 4) for i in range(4))
     assert groups.shifted_axes(ring, NAMES, SIZES) == ("seq", "tensor")
     assert groups.shifted_axes(((0, 4), (1, 5)), NAMES, SIZES) == ("data",)
+
+
+@pytest.mark.parametrize(("stride", "size"), [(1, 4), (4, 4), (16, 4), (8, 8)])
+def test_rings_over_part_of_an_axis_are_of_that_axis(stride, size):
+    """An axis of 64 taken as 4 x 4 x 4 or 8 x 8: each ring of part of it is of it."""
+    moved = [
+        (
+            i + j * 64,
+            i + (((i // stride) + 1) % size - (i // stride) % size) * stride + j * 64,
+        )
+        for j in range(8)
+        for i in range(64)
+    ]
+    names, sizes = ("replica", "data"), (8, 64)
+    assert groups.shifted_axes(tuple(moved), names, sizes) == ("data",)
+
+
+def test_pairs_of_hundreds_of_devices_are_read_once():
+    pairs = "{" + ",".join(f"{{{i},{(i + 1) % 512}}}" for i in range(512)) + "}"
+    first, second = (
+        groups.source_target_pairs(instruction(f"source_target_pairs={pairs}"))
+        for _ in range(2)
+    )
+    assert first is second
+    assert first[511] == (511, 0)
