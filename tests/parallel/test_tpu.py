@@ -56,11 +56,18 @@ def test_zero_3_holds_shards(topology):
     assert memory["temp_bytes"] < 2 * num_parameters(engine)
 
 
-TOPOLOGIES = ["v5e:2x4", "v5e:4x4", "v6e:2x4", "v5p:2x2x2", "v5p:4x4x4", "tpu7x:2x2x1"]
+SENDING = [
+    (1, "v5p:4x4x4"),
+    (2, "v5p:4x4x4"),
+    (3, "v5p:4x4x4"),
+    (3, "v5p:2x2x2"),
+    (3, "v5e:2x4"),
+    (3, "v6e:2x4"),
+    (3, "tpu7x:2x2x1"),
+]
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(("stage", "topology"), SENDING)
 def test_sends_what_the_paper_says(topology, stage):
     """Each stage's bytes on every generation; no reduction or gather at twice them."""
     engine, compiled = compile_step(topology, stage)
@@ -84,7 +91,7 @@ def test_sends_what_the_paper_says(topology, stage):
     assert max(e.payload_bytes for e in found if e.op == "all-reduce") <= small + 1000
 
 
-@pytest.mark.parametrize("topology", ["v5e:2x4", "v6e:2x4", "v5p:2x2x2"])
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2"])
 def test_layers_hide_their_transfers(topology):
     """Gathers ahead and scatters behind run while the layers compute."""
     config = dataclasses.replace(MODEL, dim=2048, num_layers=6)
