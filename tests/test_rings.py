@@ -126,3 +126,24 @@ def test_reduce_scatter_is_the_compilers_and_sends_the_least(
     whole = sum(4 * math.prod(shape) for shape in shapes)
     assert sum(each.bytes_sent for each in found) == whole * (count - 1) // count
     assert {each.op for each in found} == {"collective-permute"}
+
+
+@pytest.mark.parametrize("torus", [2, 3])
+def test_other_axes_may_differ_too(torus, monkeypatch):
+    """Shards that differ over an axis that the rings do not run over."""
+    monkeypatch.setattr(rings, "LARGEST_GROUP", 2)
+    mesh, way = make_mesh(data=4, tensor=2), rings.factor(4, torus)
+    x = jax.random.normal(jax.random.key(0), (8, 6))
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=P("data", "tensor"),
+        out_specs=P("data", "tensor"),
+    )
+    def there_and_back(x):
+        (whole,) = rings.all_gather([x], ("data",), way, dims=[0], shifts_only=True)
+        return rings.reduce_scatter([whole], ("data",), way, dims=[0])[0]
+
+    np.testing.assert_allclose(there_and_back(x), 4 * x, rtol=1e-6)
