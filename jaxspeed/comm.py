@@ -109,8 +109,7 @@ def all_gather_coalesced(
     active = _active(axes)
     if not active:
         return list(arrays)
-    arrays = [vary(x, active) for x in arrays]
-    dims = [dim % x.ndim for x, dim in zip(arrays, dims, strict=True)]
+    arrays, dims = _ready(arrays, active, dims)
     # [..., n@axes, ...] -> [..., n, ...] each
     if chip := _tpu():
         return rings.all_gather(
@@ -124,6 +123,12 @@ def all_gather_coalesced(
         lax.all_gather(x, active, axis=dim, tiled=True)
         for x, dim in zip(arrays, dims, strict=True)
     ]
+
+
+def _ready(arrays: Sequence[Array], active: tuple[str, ...], dims: Sequence[int]):
+    """Arrays that vary along the active axes, and dims counted from the front."""
+    from_front = [dim % x.ndim for x, dim in zip(arrays, dims, strict=True)]
+    return [vary(x, active) for x in arrays], from_front
 
 
 def all_gather_same(x: Array, axes: Axes, *, dim: int) -> Array:
@@ -159,8 +164,7 @@ def reduce_scatter_coalesced(
     active = _active(axes)
     if not active:
         return list(arrays)
-    arrays = [vary(x, active) for x in arrays]
-    dims = [dim % x.ndim for x, dim in zip(arrays, dims, strict=True)]
+    arrays, dims = _ready(arrays, active, dims)
     # [..., n, ...] partial sums -> [..., n@axes, ...] each
     if chip := _tpu():
         way = rings.factor(axis_size(active), chip.torus_dims)
