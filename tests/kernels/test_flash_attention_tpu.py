@@ -47,8 +47,11 @@ def loss(q, k, v, segments, **options):
 
 
 def compile_gradient(function, arguments):
+    """The compiled gradient, checked to run in the three kernels and not in XLA."""
     gradient = jax.value_and_grad(function, argnums=(0, 1, 2))
-    return jax.jit(gradient).lower(*arguments).compile()
+    lowered = jax.jit(gradient).lower(*arguments)
+    assert lowered.as_text().count("@tpu_custom_call") == 3
+    return lowered.compile()
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
