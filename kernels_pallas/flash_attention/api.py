@@ -1,7 +1,6 @@
 """Causal flash attention (Dao, 2023, "FlashAttention-2"): signature and dispatch."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,13 +9,17 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas import dispatch
 from kernels_pallas.flash_attention import reference, tpu, xla
 from kernels_pallas.flash_attention.inputs import Inputs, Options, vary_like
 
 CHECKPOINT_NAME = "flash_attention"
 """Name of the output and its lse for `jax.checkpoint_policies`."""
 
-IMPLEMENTATIONS = ("tpu", "xla", "reference")
+NAME = "flash_attention"
+OWN = {"tpu": tpu, "xla": xla}
+"""Implementations with a backward pass of their own; JAX differentiates `reference`."""
+
 DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 
 
@@ -123,9 +126,10 @@ def _attention(
     options: Options, implementation: str | None, inputs: Inputs
 ) -> tuple[Array, Array]:
     """Output and lse, by the chosen implementation."""
-    on_tpu = functools.partial(tpu.forward, options)
-    elsewhere = functools.partial(xla.forward, options)
-    return _choose(implementation, on_tpu, elsewhere, inputs)
+    forward = {
+        name: functools.partial(module.forward, options) for name, module in OWN.items()
+    }
+    return dispatch.run(NAME, implementation, forward, inputs)
 
 
 def _attend_forward(
@@ -148,31 +152,17 @@ def _attend_backward(
     product = d_out.astype(jnp.float32) * out.astype(jnp.float32)
     # dscore = weight * (dweight - delta): a row's dlse adds to every dscore of it.
     delta = product.sum(axis=-1).swapaxes(1, 2) - d_lse
-    on_tpu = functools.partial(tpu.backward, options)
-    elsewhere = functools.partial(xla.backward, options)
+    backward = {
+        name: functools.partial(module.backward, options)
+        for name, module in OWN.items()
+    }
     arguments = (inputs, lse, delta, d_out)
-    gradients = _choose(implementation, on_tpu, elsewhere, *arguments)
-    dq, dk, dv = gradients
+    dq, dk, dv = dispatch.run(NAME, implementation, backward, *arguments)
     return (Inputs(dq, dk, dv, None, None, None),)
 
 
 _attend = jax.custom_vjp(_attention, nondiff_argnums=(0, 1))
 _attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _choose(
-    implementation: str | None,
-    on_tpu: Callable[..., Any],
-    elsewhere: Callable[..., Any],
-    *arguments: Any,
-) -> Any:
-    """Calls one of two functions, by the platform that the program is compiled for.
-
-    Inside of the custom gradient, so that no conditional is ever differentiated.
-    """
-    if implementation is None:
-        return lax.platform_dependent(*arguments, tpu=on_tpu, default=elsewhere)
-    return (on_tpu if implementation == "tpu" else elsewhere)(*arguments)
 
 
 def _check_shapes(
@@ -221,11 +211,12 @@ def _check_dtypes(
 
 
 def _check_options(window: Array | int | None, implementation: str | None) -> None:
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation {implementation!r}; choose one of "
-            f"{list(IMPLEMENTATIONS)}, or None to go by the platform"
-        )
+    candidates = {
+        "tpu": tpu.forward,
+        "xla": xla.forward,
+        "reference": reference.attention,
+    }
+    dispatch.check(NAME, implementation, candidates)
     if isinstance(window, int):
         if window < 1:
             raise ValueError(f"window={window}; give at least 1, or None for no window")
