@@ -2,6 +2,7 @@
 
 from jaxspeed.plan.advice import Advice
 from jaxspeed.plan.buffers import Buffer, Memory
+from jaxspeed.plan.compiler import compile_lowered
 from jaxspeed.plan.deepspeed_estimate import (
     DeepSpeedBytes,
     deepspeed_stage_2,
@@ -11,7 +12,7 @@ from jaxspeed.plan.estimate import Estimate, estimate
 from jaxspeed.plan.memory import program_memory
 from jaxspeed.plan.report import Report, report
 from jaxspeed.plan.search import Search, search
-from jaxspeed.plan.text import compile_with_text, text_of
+from jaxspeed.plan.text import text_of
 from jaxspeed.plan.timeline import Timeline, timeline
 from jaxspeed.plan.topology import num_devices, topology_devices
 from jaxspeed.plan.traffic import (
@@ -33,7 +34,7 @@ __all__ = [
     "Timeline",
     "bytes_by_axis",
     "collectives",
-    "compile_with_text",
+    "compile_lowered",
     "deepspeed_stage_2",
     "deepspeed_stage_3",
     "estimate",

@@ -10,6 +10,7 @@ import pathlib
 import re
 import tempfile
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -62,20 +63,28 @@ class Compilation:
     seconds: float
 
 
-def compile_lowered(lowered: Any) -> Compilation:
-    """Compiles `jax.jit(f).lower(...)`.
+def compile_lowered(
+    lowered: jax.stages.Lowered, compiler_options: Mapping[str, Any] | None = None
+) -> Compilation:
+    """Compiles a lowered program.
+
+    Args:
+        lowered: `jax.jit(f).lower(...)`.
+        compiler_options: as for `lowered.compile`.
 
     Raises:
         jax.errors.JaxRuntimeError: the compiler fails for another reason than memory.
-        ValueError: it wrote nothing about its work, as for a program out of a
-            persistent compilation cache.
+        UnreadableProgramError: neither the compiler nor jaxlib printed the program,
+            which happens to one out of a persistent compilation cache.
     """
     compiled, refusal = None, None
     with tempfile.TemporaryDirectory(prefix="jaxspeed-plan-") as folder:
-        options: Any = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        dump: Any = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         start = time.perf_counter()
         try:
-            compiled = lowered.compile(compiler_options=options)
+            compiled = lowered.compile(
+                compiler_options={**(compiler_options or {}), **dump}
+            )
         except jax.errors.JaxRuntimeError as error:
             refusal = _refusal(str(error))
             if refusal is None:

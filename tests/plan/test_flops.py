@@ -9,8 +9,8 @@ from jax import lax
 from jax.experimental import pallas, topologies
 from jax.sharding import SingleDeviceSharding
 
+from jaxspeed.plan.compiler import compile_lowered
 from jaxspeed.plan.flops import flops
-from jaxspeed.plan.text import compile_with_text
 
 M, K, N, B, LAYERS = 64, 96, 160, 6, 5
 
@@ -129,7 +129,7 @@ def test_on_cpu(name):
 def test_on_tpu(name, tpu):
     function, shapes, expected = PROGRAMS[name]
     lowered = jax.jit(function).lower(*arguments(shapes, tpu))
-    _, text = compile_with_text(lowered)
+    text = compile_lowered(lowered).text
     assert flops(text).matmul == expected
 
 
@@ -232,7 +232,7 @@ def test_kernels_count_what_they_claim(tpu):
 
     x = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=tpu)
     lowered = jax.jit(lambda x: lax.scan(three, x, length=3)[0]).lower(x)
-    _, text = compile_with_text(lowered)
+    text = compile_lowered(lowered).text
     found = flops(text)
     assert (found.matmul, found.kernels, found.total) == (0, 3 * 1234, 3 * 1234)
     assert found.hbm_bytes >= 3 * 6789
@@ -242,7 +242,7 @@ def test_kernels_count_what_they_claim(tpu):
 @pytest.mark.tpu_aot
 def test_kernels_that_claim_nothing_are_named(tpu):
     x = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=tpu)
-    _, text = compile_with_text(jax.jit(kernel(None)).lower(x))
+    text = compile_lowered(jax.jit(kernel(None)).lower(x)).text
     found = flops(text)
     (name,) = found.unknown_kernels
     assert "test_flops.py" in name

@@ -9,7 +9,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxspeed.mesh import make_mesh
 from jaxspeed.plan import collectives
-from jaxspeed.plan.text import UnreadableProgramError, compile_with_text, text_of
+from jaxspeed.plan.compiler import compile_lowered
+from jaxspeed.plan.text import UnreadableProgramError, text_of
 
 
 class Unprintable:
@@ -18,7 +19,7 @@ class Unprintable:
 
 
 def test_program_that_jaxlib_cannot_print():
-    with pytest.raises(UnreadableProgramError, match="compile_with_text"):
+    with pytest.raises(UnreadableProgramError, match="compile_lowered"):
         text_of(Unprintable())  # pyright: ignore[reportArgumentType]
 
 
@@ -28,9 +29,10 @@ def test_text_is_passed_on():
 
 def test_text_on_cpu():
     lowered = jax.jit(jnp.sin).lower(jax.ShapeDtypeStruct((8,), jnp.float32))
-    compiled, text = compile_with_text(lowered)
-    assert text == compiled.as_text()
-    assert text.startswith("HloModule jit_sin")
+    compilation = compile_lowered(lowered)
+    assert compilation.compiled is not None
+    assert compilation.text == compilation.compiled.as_text()
+    assert compilation.text.startswith("HloModule jit_sin")
 
 
 @pytest.mark.tpu_aot
@@ -59,7 +61,7 @@ def test_text_from_the_compiler(topology, monkeypatch):
         )
     )
     monkeypatch.setattr(jax.stages.Compiled, "as_text", Unprintable.as_text)
-    _, text = compile_with_text(lowered)
+    text = compile_lowered(lowered).text
     (found,) = collectives(text, mesh)
     assert (found.op, found.count) == ("all-gather", 3)
     assert found.bytes_sent == 3 * 512 * 512 * 2 * (mesh.size - 1) // mesh.size

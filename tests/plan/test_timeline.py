@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxspeed.chips import Chip, chip_of
 from jaxspeed.mesh import make_mesh
 from jaxspeed.plan import collectives
-from jaxspeed.plan.text import compile_with_text
+from jaxspeed.plan.compiler import compile_lowered
 from jaxspeed.plan.timeline import timeline
 
 CHIP = Chip(
@@ -448,7 +448,7 @@ def test_gathers_of_the_next_layer(topology):
             for shape, spec in zip(shapes, specs, strict=True)
         )
     )
-    _, text = compile_with_text(lowered)
+    text = compile_lowered(lowered).text
     chip = chip_of(description.devices[0])
     assert chip is not None
     found = timeline(text, mesh, chip)
