@@ -1,0 +1,24 @@
+"""Matrix products with weights of 4, 6 and 8 bits."""
+
+from kernels_pallas.quant_matmul.formats import FORMATS
+from kernels_pallas.quant_matmul.sharding import partition_specs
+from kernels_pallas.quant_matmul.storage import from_arrays, to_arrays
+from kernels_pallas.quant_matmul.tensor import QuantizedTensor, dequantize, quantize
+from kernels_pallas.quant_matmul.two_plane import (
+    TwoPlanes,
+    from_two_planes,
+    to_two_planes,
+)
+
+__all__ = [
+    "FORMATS",
+    "QuantizedTensor",
+    "TwoPlanes",
+    "dequantize",
+    "from_arrays",
+    "from_two_planes",
+    "partition_specs",
+    "quantize",
+    "to_arrays",
+    "to_two_planes",
+]
