@@ -1,4 +1,4 @@
-"""Causal flash attention for training, on TPU and anywhere else."""
+"""Flash attention for training, on TPU and anywhere else."""
 
 from kernels_pallas.flash_attention.api import (
     flash_attention,

@@ -1,4 +1,4 @@
-"""Causal flash attention (Dao, 2023, "FlashAttention-2"): signature and dispatch."""
+"""Flash attention (Dao, 2023, "FlashAttention-2"): signature and dispatch."""
 
 import functools
 from typing import Any
@@ -11,6 +11,13 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas import dispatch
 from kernels_pallas.flash_attention import reference, tpu, xla
+from kernels_pallas.flash_attention.checks import (
+    check_per_head,
+    check_qkv,
+    check_segments,
+    check_softcap,
+    check_window,
+)
 from kernels_pallas.flash_attention.inputs import Inputs, Options, vary_like
 
 CHECKPOINT_NAME = "flash_attention"
@@ -19,8 +26,6 @@ CHECKPOINT_NAME = "flash_attention"
 NAME = "flash_attention"
 OWN = {"tpu": tpu, "xla": xla}
 """Implementations with a backward pass of their own; JAX differentiates `reference`."""
-
-DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 
 
 def flash_attention(
@@ -32,9 +37,12 @@ def flash_attention(
     window: Int[Array, ""] | int | None = None,
     slopes: Float[Array, " H"] | None = None,
     scale: float | None = None,
+    causal: bool = True,
+    softcap: float | None = None,
+    sinks: Float[Array, " H"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B S H K"]:
-    """Causal self-attention in memory that grows with S, not with S * S.
+    """Self-attention in memory that grows with S, not with S * S.
 
     Query i sees key j if `0 <= i - j < window` and both are of one segment; query head
     h reads key head `h // (H / G)`. Scores, softmax and sums are float32, the inputs
@@ -48,15 +56,22 @@ def flash_attention(
         window: at least 1; None sees everything before. A Python int leaves the blocks
             outside of the window out of the program; a traced int32 scalar may differ
             between layers of a scan.
-        slopes: float32, ALiBi (Press et al., 2022): `slopes[h] * (i - j)` is
+        slopes: float32, ALiBi (Press et al., 2022): `slopes[h] * |i - j|` is
             subtracted from the score. A constant: no gradient flows to it.
         scale: factor of the scores, K**-0.5 by default.
+        causal: False lets query i also see later keys: `|i - j| < window`.
+        softcap: above 0; a scaled score s becomes `softcap * tanh(s / softcap)`, before
+            slopes and masks (Gemma 2, 2024). None leaves it.
+        sinks: float32, a learned logit per head that takes part in the softmax and has
+            no value (Xiao et al., 2024, "attention sinks"; as in gpt-oss), so that the
+            weights of a query may sum to less than 1. Its gradient is computed.
         implementation: "tpu" (Pallas), "xla" (plain JAX, blockwise) or "reference"
             (plain JAX, whole scores); None takes "tpu" where the program is compiled
             for a TPU and "xla" elsewhere.
 
     Raises:
-        ValueError: shapes that do not fit, a window below 1, an unknown implementation.
+        ValueError: shapes that do not fit, a window below 1, a softcap not above 0, an
+            unknown implementation.
         TypeError: unsupported or differing dtypes.
     """
     out, _ = flash_attention_with_lse(
@@ -67,6 +82,9 @@ def flash_attention(
         window=window,
         slopes=slopes,
         scale=scale,
+        causal=causal,
+        softcap=softcap,
+        sinks=sinks,
         implementation=implementation,
     )
     return out
@@ -81,6 +99,9 @@ def flash_attention_with_lse(
     window: Int[Array, ""] | int | None = None,
     slopes: Float[Array, " H"] | None = None,
     scale: float | None = None,
+    causal: bool = True,
+    softcap: float | None = None,
+    sinks: Float[Array, " H"] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B S H K"], Float[Array, "B H S"]]:
     """`flash_attention` and the log of its normaliser, both differentiable.
@@ -89,24 +110,31 @@ def flash_attention_with_lse(
     weighted by `exp(lse)` (ring attention).
 
     Returns:
-        the output, and lse = log(sum(exp(score))) per head and query, float32.
+        the output, and lse = log(sum(exp(score))) per head and query, float32; the sum
+        counts the sink, so give the sinks with one part of the keys only.
 
     Raises:
         as `flash_attention`.
     """
-    _check_shapes(q, k, v, segments, slopes)
-    _check_dtypes(q, k, v, segments, slopes)
-    _check_options(window, implementation)
+    check_qkv(q, k, v)
+    check_segments(q, segments)
+    check_window(window)
+    check_softcap(softcap)
+    _check_implementation(implementation)
     if isinstance(window, int) and window >= q.shape[1]:
         window = None
     if slopes is not None:
         slopes = lax.stop_gradient(slopes)
     options = Options(
-        q.shape[-1] ** -0.5 if scale is None else float(scale),
-        window if isinstance(window, int) else None,
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        window=window if isinstance(window, int) else None,
+        causal=bool(causal),
+        softcap=None if softcap is None else float(softcap),
     )
     window = None if window is None else jnp.asarray(window, jnp.int32)
-    inputs = _vary_alike(Inputs(q, k, v, segments, window, slopes))
+    inputs = Inputs(q, k, v, segments, window, slopes, sinks)
+    check_per_head(inputs)
+    inputs = _vary_alike(inputs)
     if implementation == "reference":
         return reference.attention(options, inputs)
     return _attend(options, implementation, inputs)
@@ -158,69 +186,22 @@ def _attend_backward(
     }
     arguments = (inputs, lse, delta, d_out)
     dq, dk, dv = dispatch.run(NAME, implementation, backward, *arguments)
-    return (Inputs(dq, dk, dv, None, None, None),)
+    d_sinks = None
+    if inputs.sinks is not None:
+        # A sink is a key whose value is zero: dscore = weight * (0 - delta).
+        weights = jnp.exp(inputs.sinks[:, None] - lse)
+        d_sinks = -(weights * delta).sum(axis=(0, 2))
+    return (Inputs(dq, dk, dv, None, None, None, d_sinks),)
 
 
 _attend = jax.custom_vjp(_attention, nondiff_argnums=(0, 1))
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _check_shapes(
-    q: Array, k: Array, v: Array, segments: Array | None, slopes: Array | None
-) -> None:
-    if q.ndim != 4 or k.shape != v.shape or k.ndim != 4:
-        raise ValueError(
-            f"q {q.shape}, k {k.shape} and v {v.shape} should be q [B, S, H, K] and "
-            "k, v [B, S, G, K]"
-        )
-    (batch, length, heads, head_dim), groups = q.shape, k.shape[2]
-    if k.shape != (batch, length, groups, head_dim):
-        raise ValueError(
-            f"q {q.shape} and k {k.shape} differ in more than their heads; self-"
-            "attention takes the same B, S and K in q [B, S, H, K] and k [B, S, G, K]"
-        )
-    if min(q.shape) < 1 or groups < 1 or heads % groups:
-        raise ValueError(
-            f"q {q.shape} has {heads} heads and k {k.shape} has {groups}; the query "
-            "heads should be a multiple of the key heads, and no dim empty"
-        )
-    if segments is not None and segments.shape != (batch, length):
-        raise ValueError(
-            f"segments {segments.shape} should be [B, S] = {(batch, length)}, one "
-            "number per token"
-        )
-    if slopes is not None and slopes.shape != (heads,):
-        raise ValueError(
-            f"slopes {slopes.shape} should be [H] = {(heads,)}, one number per head"
-        )
-
-
-def _check_dtypes(
-    q: Array, k: Array, v: Array, segments: Array | None, slopes: Array | None
-) -> None:
-    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
-        names = [dtype.name for dtype in DTYPES]
-        raise TypeError(
-            f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; give all three the "
-            f"same dtype, one of {names}"
-        )
-    if segments is not None and segments.dtype != jnp.int32:
-        raise TypeError(f"segments are {segments.dtype}; give int32")
-    if slopes is not None and slopes.dtype != jnp.float32:
-        raise TypeError(f"slopes are {slopes.dtype}; give float32")
-
-
-def _check_options(window: Array | int | None, implementation: str | None) -> None:
+def _check_implementation(implementation: str | None) -> None:
     candidates = {
         "tpu": tpu.forward,
         "xla": xla.forward,
         "reference": reference.attention,
     }
     dispatch.check(NAME, implementation, candidates)
-    if isinstance(window, int):
-        if window < 1:
-            raise ValueError(f"window={window}; give at least 1, or None for no window")
-    elif window is not None and (window.shape != () or window.dtype != jnp.int32):
-        raise ValueError(
-            f"window is {window.dtype} {window.shape}; give an int, or an int32 scalar"
-        )

@@ -15,9 +15,11 @@ def attention(
 ) -> tuple[Float[Array, "B S H K"], Float[Array, "B H S"]]:
     """Softmax attention; query i sees key j of its segment if 0 <= i - j < window.
 
+    Without causality it does if |i - j| < window.
+
     Returns:
-        the output in the dtype of `q`, and the log of the sum of exponentiated scores
-        in float32.
+        the output in the dtype of `q`, and the log of the sum of exponentiated scores,
+        the head's sink among them, in float32.
     """
     q, k, v = inputs.q, inputs.k, inputs.v
     segments, slopes = inputs.segments, inputs.slopes
@@ -30,23 +32,28 @@ def attention(
         k.astype(jnp.float32),
         precision=jax.lax.Precision.HIGHEST,
     ).reshape(batch, heads, length, length)
+    if options.softcap is not None:
+        scores = options.softcap * jnp.tanh(scores / options.softcap)
     place = jnp.arange(length, dtype=jnp.int32)
     distance = place[:, None] - place[None, :]
+    far = jnp.abs(distance)
     if slopes is not None:
-        penalty = slopes[:, None, None] * distance[None].astype(jnp.float32)
+        penalty = slopes[:, None, None] * far[None].astype(jnp.float32)
         scores = scores - penalty[None]
-    seen = (distance >= 0)[None]
+    seen = (distance >= 0 if options.causal else far >= 0)[None]
     if inputs.window is not None:
-        seen = seen & (distance < inputs.window)[None]
+        seen = seen & (far < inputs.window)[None]
     if segments is not None:
         seen = seen & (segments[:, :, None] == segments[:, None, :])
     scores = jnp.where(seen[:, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1)
+    lse = jax.nn.logsumexp(scores, axis=-1)
+    if inputs.sinks is not None:
+        lse = jnp.logaddexp(lse, inputs.sinks[None, :, None])
+    weights = jnp.exp(scores - lse[..., None])
     out = jnp.einsum(
         "bgrst,btgk->bsgrk",
         weights.reshape(batch, groups, heads // groups, length, length),
         v.astype(jnp.float32),
         precision=jax.lax.Precision.HIGHEST,
     )
-    lse = jax.nn.logsumexp(scores, axis=-1)
     return out.reshape(q.shape).astype(q.dtype), lse

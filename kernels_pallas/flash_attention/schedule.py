@@ -4,7 +4,8 @@ A causal mask leaves the lower triangle of the grid of block pairs. Row i of it 
 about i pairs, so a rectangular grid would idle for half of its steps. Instead two rows
 share one: row r and row n-1-r together always have the same number of pairs, and the
 folded grid of n/2 rows visits the triangle and nothing else. A static window leaves a
-band, whose rows are of one length already.
+band, whose rows are of one length already, and so are those of attention that is not
+causal.
 """
 
 import dataclasses
@@ -26,28 +27,38 @@ class Blocks:
         length: tokens, a multiple of both block sizes.
         query, key: tokens in a block; one divides the other.
         window: a query sees itself and the `window - 1` tokens before it; None: all.
+        causal: if False, it sees as far after itself as before.
     """
 
     length: int
     query: int
     key: int
     window: int | None = None
+    causal: bool = True
 
     def keys_of(self, query: Index, window: Index | None) -> tuple[Index, Index]:
         """First and last key block with anything that query block `query` may see."""
-        last = _divide((query + 1) * self.query - 1, self.key)
-        if window is None:
-            return query * 0, last
-        earliest = _maximum(query * self.query - window + 1, 0)
-        return _divide(earliest, self.key), last
+        first, latest = query * 0, (query + 1) * self.query - 1
+        if window is not None:
+            earliest = _maximum(query * self.query - window + 1, 0)
+            first = _divide(earliest, self.key)
+        if not self.causal:
+            latest = self._reach(latest, window)
+        return first, _divide(latest, self.key)
 
     def queries_of(self, key: Index, window: Index | None) -> tuple[Index, Index]:
         """First and last query block that may see anything of key block `key`."""
-        first = _divide(key * self.key, self.query)
-        if window is None:
-            return first, key * 0 + (self.length // self.query - 1)
-        latest = _minimum((key + 1) * self.key + window - 2, self.length - 1)
-        return first, _divide(latest, self.query)
+        earliest = key * self.key
+        if not self.causal:
+            near = earliest - (self.length if window is None else window - 1)
+            earliest = _maximum(near, 0)
+        latest = self._reach((key + 1) * self.key - 1, window)
+        return _divide(earliest, self.query), _divide(latest, self.query)
+
+    def _reach(self, token: Index, window: Index | None) -> Index:
+        """The last token that is within the window of `token`."""
+        ahead = self.length if window is None else window - 1
+        return _minimum(token + ahead, self.length - 1)
 
     @property
     def count(self) -> int:
@@ -103,15 +114,19 @@ class Schedule:
         return self.blocks.length // block
 
     @property
+    def _folds(self) -> bool:
+        return self.blocks.causal and self.blocks.window is None
+
+    @property
     def rows(self) -> int:
         """Rows of the grid."""
-        return (self._outer + 1) // 2 if self.blocks.window is None else self._outer
+        return (self._outer + 1) // 2 if self._folds else self._outer
 
     @property
     def width(self) -> int:
         """Steps in a row."""
         lengths = [self._length(outer) for outer in range(self._outer)]
-        if self.blocks.window is not None:
+        if not self._folds:
             return max(lengths)
         folded = [a + b for a, b in zip(lengths, lengths[::-1], strict=True)]
         return folded[0] if self._outer > 1 else lengths[0]
@@ -136,7 +151,7 @@ class Schedule:
 
     def _unfold(self, row: Index, step: Index) -> tuple[Index, Index, Index]:
         """The outer block, the inner block, and whether the row was used up before."""
-        if self.blocks.window is not None:
+        if not self._folds:
             begin, _ = self._span(row, self.blocks.window)
             return row, begin + step, jnp.bool_(False)
         begin, end = self._span(row, None)

@@ -1,7 +1,7 @@
 """Flash attention on TPU (Pallas Mosaic): three kernels and how they are called.
 
-Forward, query gradient, and key and value gradient (Dao, 2023, "FlashAttention-2";
-causal by block pairs as `schedule` says). Keys and values are read per key head, never
+Forward, query gradient, and key and value gradient (Dao, 2023, "FlashAttention-2"; by
+the block pairs of `schedule`). Keys and values are read per key head, never
 repeated. Float32 inputs are multiplied as `jax.default_matmul_precision` says.
 """
 
@@ -18,10 +18,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from kernels_pallas.flash_attention import tpu_kernels
-from kernels_pallas.flash_attention.inputs import Inputs, Options, pad_dim, vary_like
+from kernels_pallas.flash_attention.inputs import Inputs, Options, pad_dim
 from kernels_pallas.flash_attention.schedule import Blocks, Schedule
 from kernels_pallas.flash_attention.tpu_grid import Grid
-from kernels_pallas.flash_attention.tpu_kernels import LANES
+from kernels_pallas.flash_attention.tpu_kernels import LANES, Given
+from kernels_pallas.flash_attention.tpu_scores import Masking, Scalars
 
 BLOCKS = (1024, 512, 256)
 """Block sizes to choose from beside the smallest, 128.
@@ -41,9 +42,9 @@ def forward(
     rows, head_dim = problem.blocks.query, problem.head_dim
     out, lse = problem.call(
         _Kernel("flash_attention_forward", tpu_kernels.forward, True, matmuls=2),
-        extra=[],
+        problem.given(),
         outputs=["query", "per_query"],
-        scratch=[(rows, LANES), (rows, LANES), (rows, head_dim)],
+        sums=[(rows, LANES), (rows, LANES), (rows, head_dim)],
     )
     return problem.unpad(out), lse[:, :, 0, : problem.length]
 
@@ -59,22 +60,23 @@ def backward(
     problem = _Problem(options, inputs)
     rows, columns = problem.blocks.query, problem.blocks.key
     head_dim = problem.head_dim
-    extra = [
-        ("query", problem.pad(d_out)),
-        ("per_query", problem.pad_rows(lse)),
-        ("per_query", problem.pad_rows(delta)),
-    ]
+    given = dataclasses.replace(
+        problem.given(),
+        d_out=problem.pad(d_out),
+        lse=problem.pad_rows(lse),
+        delta=problem.pad_rows(delta),
+    )
     (dq,) = problem.call(
         _Kernel("flash_attention_dq", tpu_kernels.query_gradient, True, matmuls=3),
-        extra=extra,
+        given,
         outputs=["query"],
-        scratch=[(rows, head_dim), (rows, LANES), (rows, LANES)],
+        sums=[(rows, head_dim), (rows, LANES), (rows, LANES)],
     )
     dk, dv = problem.call(
         _Kernel("flash_attention_dkv", tpu_kernels.key_gradient, False, matmuls=4),
-        extra=extra,
+        given,
         outputs=["key", "key"],
-        scratch=[(columns, head_dim), (columns, head_dim)],
+        sums=[(columns, head_dim), (columns, head_dim)],
     )
     return problem.unpad(dq), problem.unpad(dk), problem.unpad(dv)
 
@@ -109,7 +111,7 @@ class _Problem:
     """One call: padded to whole blocks, heads before tokens.
 
     Arrays have one of five layouts: `query` [B, H, S, K], `key` [B, G, S, K],
-    `per_query` [B, H, 1, S], `q_segments` and `k_segments` [B, 1, S].
+    `per_query` [B, H, 1, S], `query_marks` and `key_marks` [B, 1, S].
     """
 
     options: Options
@@ -136,7 +138,8 @@ class _Problem:
         """How the sequence is cut."""
         size = block_size(self.length, self.head_dim, self.dtype)
         padded = math.ceil(self.length / size) * size
-        return Blocks(padded, size, size, self.options.window)
+        options = self.options
+        return Blocks(padded, size, size, options.window, options.causal)
 
     def pad(self, x: Array) -> Array:
         """[B, S, H, K] as [B, H, padded S, K]."""
@@ -151,58 +154,54 @@ class _Problem:
         """[B, H, S] as [B, H, 1, padded S]."""
         return pad_dim(x, 2, self.blocks.length)[:, :, None]
 
+    def given(self) -> Given:
+        """What the forward kernel reads; the others need more."""
+        inputs, marks = self.inputs, ()
+        if inputs.segments is not None:
+            marks = (pad_dim(inputs.segments, 1, self.blocks.length)[:, None],)
+        q, k, v = self.pad(inputs.q), self.pad(inputs.k), self.pad(inputs.v)
+        return Given(q, k, v, marks, marks)
+
     def call(
         self,
         kernel: _Kernel,
+        given: Given,
         *,
-        extra: list[tuple[str, Array]],
         outputs: list[str],
-        scratch: list[tuple[int, int]],
+        sums: list[tuple[int, int]],
     ) -> Any:
-        """Runs `kernel` on q, k, v, segments and the `extra` arrays of given layouts.
+        """Runs `kernel`.
 
         Args:
             kernel: which one.
-            extra: further operands, each with its layout.
+            given: what it reads.
             outputs: layouts of the results.
-            scratch: shapes of the float32 accumulators.
+            sums: shapes of the float32 accumulators.
         """
-        inputs, grid = self.inputs, self._grid(kernel.by_query)
-        segments = self._segments()
-        operands = [
-            ("query", self.pad(inputs.q)),
-            ("key", self.pad(inputs.k)),
-            ("key", self.pad(inputs.v)),
-            ("q_segments", segments),
-            ("k_segments", segments),
-            *extra,
-        ]
-        masking = tpu_kernels.Masking(
-            grid,
-            self.options.scale,
-            has_slopes=inputs.slopes is not None,
-            has_segments=segments is not None,
-        )
-        specs = _specs(grid, self.head_dim)
-        memory = [pltpu.VMEM(shape, jnp.float32) for shape in scratch]
-        if segments is not None:
-            memory.append(pltpu.VMEM((scratch[0][0], LANES), jnp.int32))
-        moved = [name for name, x in operands if x is not None] + outputs
+        grid = self._grid(kernel.by_query)
+        has_segments = self.inputs.segments is not None
+        rule = Masking(grid, self.options, self.length, has_segments)
+        specs, layouts = _specs(grid, self.head_dim), _layouts(given)
+        columns = [(sums[0][0], LANES)] * len(given.query_marks)
+        moved = [*jax.tree.leaves(layouts), *outputs]
         run = pl.pallas_call(
-            functools.partial(kernel.body, masking),
+            functools.partial(kernel.body, rule),
             grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=2,
+                num_scalar_prefetch=1,
                 grid=grid.shape,
-                in_specs=[None if x is None else specs[name] for name, x in operands],
+                in_specs=[jax.tree.map(specs.get, layouts)],
                 out_specs=[specs[name] for name in outputs],
-                scratch_shapes=memory,
+                scratch_shapes=[
+                    tuple(pltpu.VMEM(shape, jnp.float32) for shape in sums),
+                    tuple(pltpu.VMEM(shape, jnp.int32) for shape in columns),
+                ],
             ),
             out_shape=[self._struct(name) for name in outputs],
             compiler_params=pltpu.CompilerParams(dimension_semantics=grid.semantics),
             cost_estimate=_cost(kernel, grid, self.head_dim, self.dtype, moved),
             name=kernel.name,
         )
-        return run(*self._scalars(), *(x for _, x in operands))
+        return run(self._scalars(), given)
 
     def _grid(self, by_query: bool) -> Grid:
         batch, _, heads, _ = self.inputs.q.shape
@@ -211,20 +210,12 @@ class _Problem:
         schedule = Schedule(self.blocks, by_query)
         return Grid(schedule, batch, heads, groups, dynamic)
 
-    def _segments(self) -> Array | None:
-        if self.inputs.segments is None:
-            return None
-        return pad_dim(self.inputs.segments, 1, self.blocks.length)[:, None]
-
-    def _scalars(self) -> tuple[Array, Array]:
-        """The window, int32 [1], and the slopes, float32 [H]; zeros where unused."""
-        window, slopes = self.inputs.window, self.inputs.slopes
-        if window is None:
-            window = vary_like(jnp.zeros((), jnp.int32), self.inputs.q)
-        if slopes is None:
-            heads = self.inputs.q.shape[2]
-            slopes = vary_like(jnp.zeros(heads, jnp.float32), self.inputs.q)
-        return window[None], slopes
+    def _scalars(self) -> Scalars:
+        inputs = self.inputs
+        window = None
+        if inputs.window is not None and self.options.window is None:
+            window = inputs.window[None]
+        return Scalars(window, inputs.slopes, inputs.sinks)
 
     def _struct(self, layout: str) -> jax.ShapeDtypeStruct:
         batch, _, heads, head_dim = self.inputs.q.shape
@@ -238,6 +229,21 @@ class _Problem:
         return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying)
 
 
+def _layouts(given: Given) -> Given:
+    """The layout of each array of `given`, by name."""
+    backward = given.d_out is not None
+    return Given(
+        "query",
+        "key",
+        "key",
+        ("query_marks",) * len(given.query_marks),
+        ("key_marks",) * len(given.key_marks),
+        d_out="query" if backward else None,
+        lse="per_query" if backward else None,
+        delta="per_query" if backward else None,
+    )
+
+
 def _cost(
     kernel: _Kernel, grid: Grid, head_dim: int, dtype: Any, moved: list[str]
 ) -> pl.CostEstimate:
@@ -249,8 +255,8 @@ def _cost(
     pairs = grid.batch * grid.heads * blocks.count
     scores = pairs * blocks.query * blocks.key
     wide = head_dim * jnp.dtype(dtype).itemsize
-    query_bytes = {"query": wide, "per_query": 4, "q_segments": 4}
-    key_bytes = {"key": wide, "k_segments": 4}
+    query_bytes = {"query": wide, "per_query": 4, "query_marks": 4}
+    key_bytes = {"key": wide, "key_marks": 4}
     queries = blocks.query * sum(query_bytes.get(name, 0) for name in moved)
     keys = blocks.key * sum(key_bytes.get(name, 0) for name in moved)
     # What is accumulated stays for a row of pairs, what it meets changes with each.
@@ -281,6 +287,6 @@ def _specs(grid: Grid, head_dim: int) -> dict[str, pl.BlockSpec]:
         "per_query": grid.spec(
             (None, None, 1, query), lambda s: (s.batch, s.head, 0, s.query)
         ),
-        "q_segments": grid.spec((None, 1, query), lambda s: (s.batch, 0, s.query)),
-        "k_segments": grid.spec((None, 1, key), lambda s: (s.batch, 0, s.key)),
+        "query_marks": grid.spec((None, 1, query), lambda s: (s.batch, 0, s.query)),
+        "key_marks": grid.spec((None, 1, key), lambda s: (s.batch, 0, s.key)),
     }

@@ -43,7 +43,7 @@ class Grid:
     Attributes:
         schedule: the pairs of blocks.
         batch, heads, groups: sizes.
-        dynamic_window: whether the first scalar argument of the kernel is a window.
+        dynamic_window: whether the window is known only when the kernel runs.
     """
 
     schedule: Schedule
@@ -72,7 +72,7 @@ class Grid:
         return pltpu.PARALLEL, pltpu.PARALLEL, pltpu.PARALLEL, *in_order
 
     def here(self, window: Any) -> Step:
-        """The step that the kernel is in; `window` is its scalar argument."""
+        """The step that the kernel is in; `window` is its scalar argument, or None."""
         ids = [pl.program_id(dim) for dim in range(len(self.shape))]
         return self.step(*ids, window=window)
 
@@ -99,7 +99,7 @@ class Grid:
 
         def index_map(*arguments: Any) -> tuple[Index, ...]:
             count = len(self.shape)
-            ids, window = arguments[:count], arguments[count]
-            return index(self.step(*ids, window=window))
+            ids, (scalars,) = arguments[:count], arguments[count:]
+            return index(self.step(*ids, window=scalars.window))
 
         return pl.BlockSpec(shape, index_map)

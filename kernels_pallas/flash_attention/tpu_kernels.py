@@ -1,25 +1,26 @@
 """The bodies of the TPU kernels: what happens to one pair of blocks.
 
+Which pairs there are, and which of their scores count, a `Rule` says; attention with
+other masks brings a rule of its own and uses these bodies.
+
 Scores are in units of log 2, because the hardware exponentiates with base 2. Numbers
-that belong to queries, one each, lie along lanes in HBM, [1, N]. A kernel whose queries
-are rows of the scores turns them once per query block into columns, repeated over the
-128 lanes; the kernel of the key gradients has its queries along lanes to begin with.
+that belong to tokens, one each, lie along lanes in HBM, [1, N]. Those of the tokens in
+the rows of the scores are turned once per accumulation into columns, repeated over the
+128 lanes; those of the tokens in the columns of the scores are used as they lie.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from kernels_pallas.flash_attention.reference import MASKED
-from kernels_pallas.flash_attention.schedule import Index
-from kernels_pallas.flash_attention.tpu_grid import Grid, Step
 
 LANES = 128
 FORWARD_ROWS = 512
@@ -31,245 +32,225 @@ _OUTER = (((1,), (1,)), ((), ()))  # [M, K] [N, K] -> [M, N]
 _INNER = (((1,), (0,)), ((), ()))  # [M, K] [K, N] -> [M, N]
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Masking:
-    """Scores of a pair of blocks, and which of them count.
+class Given:
+    """What a kernel reads: arrays where it is called, blocks of them inside.
 
     Attributes:
-        grid: the kernel's grid.
-        scale: factor of the scores, natural units.
-        has_slopes, has_segments: whether the kernel is given them.
+        q, k, v: [N, K] of a head.
+        query_marks, key_marks: int32, [1, N] each, numbers of the tokens that masks
+            depend on; their meaning is the rule's.
+        table: further numbers that the rule needs for the pair, or None.
+        d_out: gradient of the output; None in the forward kernel, as the next two.
+        lse, delta: float32 [1, N], the logs of the normalisers, and the part of dscore
+            that a row shares.
     """
 
-    grid: Grid
-    scale: float
-    has_slopes: bool
-    has_segments: bool
+    q: Any
+    k: Any
+    v: Any
+    query_marks: tuple[Any, ...] = ()
+    key_marks: tuple[Any, ...] = ()
+    table: Any = None
+    d_out: Any = None
+    lse: Any = None
+    delta: Any = None
 
-    def when_needed(
-        self, step: Step, window: Ref, compute: Callable[[bool], None]
-    ) -> None:
-        """Runs `compute(masked)`, unmasked if every score of the blocks counts."""
-        if self.has_segments:
-            pl.when(step.runs)(functools.partial(compute, True))
-            return
-        edge = self._on_edge(step, self._limit(window))
-        pl.when(step.runs & edge)(functools.partial(compute, True))
-        pl.when(step.runs & ~edge)(functools.partial(compute, False))
 
-    def scores(
-        self,
-        product: Array,
-        step: Step,
-        scalars: tuple[Ref, Ref],
-        segments: tuple[Array, Array] | None,
-        *,
-        masked: bool,
-        offset: int = 0,
-    ) -> Array:
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """The scores in work: which they are, and what masks need to know of them.
+
+    Attributes:
+        step: the rule's own description of the grid step.
+        scalars: the kernel's scalar arguments.
+        rows: marks of the tokens in the rows, [rows, LANES] each.
+        columns: marks of the tokens in the columns, [1, columns] each.
+        table: as in `Given`.
+        kind: what `Rule.when_needed` called the computation with.
+        offset: where in its block the first row is.
+    """
+
+    step: Any
+    scalars: Any
+    rows: tuple[Array, ...]
+    columns: tuple[Array, ...]
+    table: Ref
+    kind: Any
+    offset: int = 0
+
+
+class Rule(Protocol):
+    """The pairs of blocks of a kernel, and the scores of a pair."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of the scores, natural units."""
+        ...
+
+    @property
+    def sees_nothing(self) -> bool:
+        """Whether a query may have no key. Its output is 0 then, its lse MASKED."""
+        ...
+
+    def here(self, scalars: Any) -> Any:
+        """The grid step that the kernel is in, with `first` and `last`."""
+        ...
+
+    def when_needed(self, step: Any, scalars: Any, compute: Callable) -> None:
+        """Runs `compute(kind)` for the kind of masks that the step needs, if any."""
+        ...
+
+    def start(self, step: Any, scalars: Any) -> tuple[Array | float, float]:
+        """Highest score, units of log 2, and sum of a row before its first key."""
+        ...
+
+    def scores(self, product: Array, pair: Pair) -> tuple[Array, Array | None]:
         """Scores in units of log 2 from the products of queries and keys.
 
         Args:
             product: float32, queries in rows and keys in columns if the kernel
                 accumulates over keys, the other way round if it does over queries.
-            step: which blocks they are.
-            scalars: the kernel's window and slopes.
-            segments: those of the rows, [rows, LANES], and of the columns [1, columns].
-            masked: whether some of them may not count.
-            offset: where in its block the first row is.
+            pair: which they are.
+
+        Returns:
+            the scores, MASKED where they do not count, and the derivative of what was
+            done to them beside scaling, or None for 1.
         """
-        window, slopes = scalars
-        scores = product * (self.scale * LOG2_E)
-        if not masked and not self.has_slopes:
-            return scores
-        distance = self._distance(step, product.shape) + offset
-        if self.has_slopes:
-            slope = slopes[step.head] * LOG2_E
-            scores = scores - slope * distance.astype(jnp.float32)
-        if not masked:
-            return scores
-        seen = distance >= 0
-        limit = self._limit(window)
-        if limit is not None:
-            seen = seen & (distance < limit)
-        if segments is not None:
-            rows, columns = segments
-            seen = seen & (spread(rows, product.shape[1]) == columns)
-        return jnp.where(seen, scores, MASKED)
-
-    def _limit(self, window: Ref) -> Index | None:
-        return window[0] if self.grid.dynamic_window else self._blocks.window
-
-    @property
-    def _blocks(self) -> Any:
-        return self.grid.schedule.blocks
-
-    def _distance(self, step: Step, shape: tuple[int, ...]) -> Array:
-        """Query position minus key position."""
-        rows = lax.broadcasted_iota(jnp.int32, shape, 0)
-        columns = lax.broadcasted_iota(jnp.int32, shape, 1)
-        local = rows - columns if self.grid.schedule.by_query else columns - rows
-        return local + (step.query * self._blocks.query - step.key * self._blocks.key)
-
-    def _on_edge(self, step: Step, limit: Index | None) -> Array:
-        """Whether a key comes after a query, or is out of its window."""
-        first_query = step.query * self._blocks.query
-        first_key = step.key * self._blocks.key
-        edge = first_key + self._blocks.key - 1 > first_query
-        if limit is None:
-            return edge
-        return edge | (first_query + self._blocks.query - 1 - first_key >= limit)
+        ...
 
 
 def forward(
-    masking: Masking,
-    window: Ref,
-    slopes: Ref,
-    q: Ref,
-    k: Ref,
-    v: Ref,
-    q_segments: Ref | None,
-    k_segments: Ref | None,
+    rule: Rule,
+    scalars: Any,
+    given: Given,
     out: Ref,
     lse: Ref,
-    highest: Ref,
-    total: Ref,
-    summed: Ref,
-    segment_column: Ref | None = None,
+    sums: tuple[Ref, ...],
+    columns: tuple[Ref, ...],
 ) -> None:
     """Online softmax (Dao, 2023, algorithm 1): one key block into a query block."""
-    step = masking.grid.here(window)
+    highest, total, summed = sums
+    step = rule.here(scalars)
 
     @pl.when(step.first)
     def _() -> None:
-        highest[...] = jnp.full_like(highest, MASKED)
-        total[...] = jnp.zeros_like(total)
+        start, start_total = rule.start(step, scalars)
+        highest[...] = jnp.full_like(highest, start)
+        total[...] = jnp.full_like(total, start_total)
         summed[...] = jnp.zeros_like(summed)
-        _keep_column(q_segments, segment_column)
+        _turn(given.query_marks, columns)
 
-    def compute_rows(rows: Any, offset: int, masked: bool) -> None:
-        product = _dot(q[rows], k[...], _OUTER)
-        column = None if segment_column is None else segment_column.at[rows]
-        scores = masking.scores(
-            product,
-            step,
-            (window, slopes),
-            _segments(column, k_segments),
-            masked=masked,
-            offset=offset,
+    def compute_rows(rows: Any, offset: int, kind: Any) -> None:
+        product = _dot(given.q[rows], given.k[...], _OUTER)
+        marks = tuple(column[rows] for column in columns)
+        pair = Pair(
+            step, scalars, marks, _read(given.key_marks), given.table, kind, offset
         )
+        scores, _ = rule.scores(product, pair)
         before = highest[rows]
         now = jnp.maximum(before, scores.max(axis=1)[:, None])
         weights = jnp.exp2(scores - spread(now, scores.shape[1]))
         shrink = jnp.exp2(before - now)
         highest[rows] = now
         total[rows] = total[rows] * shrink + weights.sum(axis=1)[:, None]
-        added = _dot(weights.astype(v.dtype), v[...], _INNER)
+        added = _dot(weights.astype(given.v.dtype), given.v[...], _INNER)
         summed[rows] = summed[rows] * spread(shrink, added.shape[1]) + added
 
-    def compute(masked: bool) -> None:
-        for start in range(0, q.shape[0], FORWARD_ROWS):
-            size = min(FORWARD_ROWS, q.shape[0] - start)
-            compute_rows(pl.ds(start, size), start, masked)
+    def compute(kind: Any) -> None:
+        for start in range(0, given.q.shape[0], FORWARD_ROWS):
+            size = min(FORWARD_ROWS, given.q.shape[0] - start)
+            compute_rows(pl.ds(start, size), start, kind)
 
-    masking.when_needed(step, window, compute)
+    rule.when_needed(step, scalars, compute)
 
     @pl.when(step.last)
     def _() -> None:
-        out[...] = (summed[...] / spread(total[...], out.shape[1])).astype(out.dtype)
-        lse[...] = _row(highest[...] / LOG2_E + jnp.log(total[...]))
+        result = summed[...] / spread(total[...], out.shape[1])
+        logs = highest[...] / LOG2_E + jnp.log(total[...])
+        if rule.sees_nothing:
+            some = highest[...] > MASKED / 2
+            logs = jnp.where(some, logs, MASKED)
+            wide = spread(highest[...], out.shape[1]) > MASKED / 2
+            result = jnp.where(wide, result, 0.0)
+        out[...] = result.astype(out.dtype)
+        lse[...] = _row(logs)
 
 
 def query_gradient(
-    masking: Masking,
-    window: Ref,
-    slopes: Ref,
-    q: Ref,
-    k: Ref,
-    v: Ref,
-    q_segments: Ref | None,
-    k_segments: Ref | None,
-    d_out: Ref,
-    lse: Ref,
-    delta: Ref,
+    rule: Rule,
+    scalars: Any,
+    given: Given,
     dq: Ref,
-    summed: Ref,
-    lse_column: Ref,
-    delta_column: Ref,
-    segment_column: Ref | None = None,
+    sums: tuple[Ref, ...],
+    columns: tuple[Ref, ...],
 ) -> None:
     """dq of a query block: what one key block adds to it."""
-    step = masking.grid.here(window)
+    summed, lse, delta = sums
+    step = rule.here(scalars)
 
     @pl.when(step.first)
     def _() -> None:
         summed[...] = jnp.zeros_like(summed)
-        lse_column[...] = _column(lse[...] * LOG2_E)
-        delta_column[...] = _column(delta[...])
-        _keep_column(q_segments, segment_column)
+        lse[...] = _column(given.lse[...] * LOG2_E)
+        delta[...] = _column(given.delta[...])
+        _turn(given.query_marks, columns)
 
-    def compute(masked: bool) -> None:
-        segments = _segments(segment_column, k_segments)
-        product = _dot(q[...], k[...], _OUTER)
-        scores = masking.scores(
-            product, step, (window, slopes), segments, masked=masked
-        )
-        weights = jnp.exp2(scores - spread(lse_column[...], scores.shape[1]))
-        d_weights = _dot(d_out[...], v[...], _OUTER)
-        d_scores = weights * (d_weights - spread(delta_column[...], scores.shape[1]))
-        summed[...] += _dot(d_scores.astype(k.dtype), k[...], _INNER)
+    def compute(kind: Any) -> None:
+        marks = (_read(columns), _read(given.key_marks))
+        pair = Pair(step, scalars, *marks, given.table, kind)
+        product = _dot(given.q[...], given.k[...], _OUTER)
+        width = product.shape[1]
+        weights, damping = _weights(rule, product, pair, spread(lse[...], width))
+        d_weights = _dot(given.d_out[...], given.v[...], _OUTER)
+        d_scores = weights * (d_weights - spread(delta[...], width))
+        d_scores = d_scores if damping is None else d_scores * damping
+        summed[...] += _dot(d_scores.astype(given.k.dtype), given.k[...], _INNER)
 
-    masking.when_needed(step, window, compute)
+    rule.when_needed(step, scalars, compute)
 
     @pl.when(step.last)
     def _() -> None:
-        dq[...] = (summed[...] * masking.scale).astype(dq.dtype)
+        dq[...] = (summed[...] * rule.scale).astype(dq.dtype)
 
 
 def key_gradient(
-    masking: Masking,
-    window: Ref,
-    slopes: Ref,
-    q: Ref,
-    k: Ref,
-    v: Ref,
-    q_segments: Ref | None,
-    k_segments: Ref | None,
-    d_out: Ref,
-    lse: Ref,
-    delta: Ref,
+    rule: Rule,
+    scalars: Any,
+    given: Given,
     dk: Ref,
     dv: Ref,
-    dk_summed: Ref,
-    dv_summed: Ref,
-    segment_column: Ref | None = None,
+    sums: tuple[Ref, ...],
+    columns: tuple[Ref, ...],
 ) -> None:
     """dk and dv of a key block: what one query block adds. Scores are transposed."""
-    step = masking.grid.here(window)
+    dk_summed, dv_summed = sums
+    step = rule.here(scalars)
 
     @pl.when(step.first)
     def _() -> None:
         dk_summed[...] = jnp.zeros_like(dk_summed)
         dv_summed[...] = jnp.zeros_like(dv_summed)
-        _keep_column(k_segments, segment_column)
+        _turn(given.key_marks, columns)
 
-    def compute(masked: bool) -> None:
-        segments = _segments(segment_column, q_segments)
-        product = _dot(k[...], q[...], _OUTER)
-        scores = masking.scores(
-            product, step, (window, slopes), segments, masked=masked
-        )
-        weights = jnp.exp2(scores - lse[...] * LOG2_E)
-        dv_summed[...] += _dot(weights.astype(d_out.dtype), d_out[...], _INNER)
-        d_weights = _dot(v[...], d_out[...], _OUTER)
-        d_scores = weights * (d_weights - delta[...])
-        dk_summed[...] += _dot(d_scores.astype(q.dtype), q[...], _INNER)
+    def compute(kind: Any) -> None:
+        marks = (_read(columns), _read(given.query_marks))
+        pair = Pair(step, scalars, *marks, given.table, kind)
+        product = _dot(given.k[...], given.q[...], _OUTER)
+        weights, damping = _weights(rule, product, pair, given.lse[...] * LOG2_E)
+        d_out = given.d_out[...]
+        dv_summed[...] += _dot(weights.astype(d_out.dtype), d_out, _INNER)
+        d_weights = _dot(given.v[...], d_out, _OUTER)
+        d_scores = weights * (d_weights - given.delta[...])
+        d_scores = d_scores if damping is None else d_scores * damping
+        dk_summed[...] += _dot(d_scores.astype(given.q.dtype), given.q[...], _INNER)
 
-    masking.when_needed(step, window, compute)
+    rule.when_needed(step, scalars, compute)
 
     @pl.when(step.last)
     def _() -> None:
-        dk[...] = (dk_summed[...] * masking.scale).astype(dk.dtype)
+        dk[...] = (dk_summed[...] * rule.scale).astype(dk.dtype)
         dv[...] = dv_summed[...].astype(dv.dtype)
 
 
@@ -277,6 +258,14 @@ def spread(column: Array, width: int) -> Array:
     """[N, LANES] that repeats along lanes, as [N, width]."""
     repeats = -(-width // LANES)
     return jnp.concatenate([column] * repeats, axis=1)[:, :width]
+
+
+def _weights(
+    rule: Rule, product: Array, pair: Pair, lse: Array
+) -> tuple[Array, Array | None]:
+    """The softmax, with lse in units of log 2, and the factor that dscore needs."""
+    scores, damping = rule.scores(product, pair)
+    return jnp.exp2(scores - lse), damping
 
 
 def _dot(x: Array, y: Array, dims: Any) -> Array:
@@ -293,10 +282,11 @@ def _row(column: Array) -> Array:
     return column.T[:1]
 
 
-def _keep_column(row: Ref | None, column: Ref | None) -> None:
-    if row is not None and column is not None:
+def _turn(rows: tuple[Ref, ...], columns: tuple[Ref, ...]) -> None:
+    """Keeps each of `rows` in its scratch of `columns`."""
+    for row, column in zip(rows, columns, strict=True):
         column[...] = _column(row[...])
 
 
-def _segments(column: Ref | None, row: Ref | None) -> tuple[Array, Array] | None:
-    return None if column is None or row is None else (column[...], row[...])
+def _read(marks: tuple[Ref, ...]) -> tuple[Array, ...]:
+    return tuple(mark[...] for mark in marks)

@@ -45,16 +45,19 @@ def forward(
     summed = jnp.zeros((batch, groups, repeats, n, head_dim), jnp.float32)
     lse = jnp.zeros((batch, groups, repeats, length), jnp.float32)
     carry = (highest, total, summed, jnp.zeros_like(q), lse)
+    start, start_total = problem.start()
 
     def visit(pair: Array, carry: Any) -> Any:
         highest, total, summed, out, lse = carry
         i, j = pair[0] * n, pair[1] * n
         # A new query block begins where the key blocks before it end: at its first.
         first = j == problem.first_key(i)
-        scores = problem.scores(_rows(q, i, n), _rows(k, j, n), i, j)
-        before = jnp.where(first, MASKED, highest)
+        scores, _ = problem.scores(_rows(q, i, n), _rows(k, j, n), i, j)
+        before = jnp.where(first, start, highest)
+        total = jnp.where(first, start_total, total)
+        summed = jnp.where(first, 0.0, summed)
         highest = jnp.maximum(before, scores.max(axis=-1))
-        shrink = jnp.where(first, 0.0, jnp.exp(before - highest))
+        shrink = jnp.exp(before - highest)
         weights = jnp.exp(scores - highest[..., None])
         total = total * shrink + weights.sum(axis=-1)
         product = jnp.einsum(
@@ -96,12 +99,14 @@ def backward(
         i, j = pair[0] * n, pair[1] * n
         q_block, k_block, v_block = _rows(q, i, n), _rows(k, j, n), _rows(v, j, n)
         d_block = _rows(d_out, i, n)
-        scores = problem.scores(q_block, k_block, i, j)
+        scores, damping = problem.scores(q_block, k_block, i, j)
         lse_block = lax.dynamic_slice_in_dim(lse, i, n, 3)
         delta_block = lax.dynamic_slice_in_dim(delta, i, n, 3)
         weights = jnp.exp(scores - lse_block[..., None])
         d_weights = _dot("bsgrk,btgk->bgrst", d_block, v_block)
         d_scores = options.scale * weights * (d_weights - delta_block[..., None])
+        if damping is not None:
+            d_scores = d_scores * damping
         d_scores, weights = d_scores.astype(q.dtype), weights.astype(q.dtype)
         dq = _add(dq, _dot("bgrst,btgk->bsgrk", d_scores, k_block), i)
         dk = _add(dk, _dot("bgrst,bsgrk->btgk", d_scores, q_block), j)
@@ -135,7 +140,7 @@ class _Problem:
         segments = inputs.segments
         if segments is not None:
             segments = pad_dim(segments, 1, padded)
-        blocks = Blocks(padded, size, size, options.window)
+        blocks = Blocks(padded, size, size, options.window, options.causal)
         return cls(options, inputs, blocks, (q, k, v), segments)
 
     def first_key(self, i: Array) -> Array:
@@ -144,23 +149,46 @@ class _Problem:
         first, _ = self.blocks.keys_of(i // size, self.blocks.window)
         return first * size
 
-    def scores(self, q: Array, k: Array, i: Array, j: Array) -> Array:
-        """Masked float32 scores [B, G, R, N, N] of the blocks that begin at i and j."""
-        scores = self.options.scale * _dot("bsgrk,btgk->bgrst", q, k)
-        n, window = self.blocks.query, self.inputs.window
+    def start(self) -> tuple[Array | float, float]:
+        """Highest score and sum of a row before its first key: those of the sink."""
+        if self.inputs.sinks is None:
+            return MASKED, 0.0
+        groups, repeats = self.arrays[0].shape[2:4]
+        return self.inputs.sinks.reshape(groups, repeats, 1), 1.0
+
+    def scores(
+        self, q: Array, k: Array, i: Array, j: Array
+    ) -> tuple[Array, Array | None]:
+        """Masked float32 scores [B, G, R, N, N] of the blocks that begin at i and j.
+
+        Beside them the derivative of the soft-cap, if there is one.
+        """
+        scores, damping = self.options.scale * _dot("bsgrk,btgk->bgrst", q, k), None
+        if self.options.softcap is not None:
+            bounded = jnp.tanh(scores / self.options.softcap)
+            scores, damping = self.options.softcap * bounded, 1 - bounded * bounded
+        n = self.blocks.query
         place = jnp.arange(n, dtype=jnp.int32)
         distance = (i - j) + place[:, None] - place[None, :]
         if self.inputs.slopes is not None:
             slopes = self.inputs.slopes.reshape(scores.shape[1:3])
-            penalty = slopes[..., None, None] * distance.astype(jnp.float32)
+            penalty = slopes[..., None, None] * jnp.abs(distance).astype(jnp.float32)
             scores = scores - penalty[None]
-        seen = (distance >= 0)[None]
-        if window is not None:
-            seen = seen & (distance < window)[None]
+        seen = self._seen(distance, j + place)[None]
         if self.segments is not None:
             rows, columns = _rows(self.segments, i, n), _rows(self.segments, j, n)
             seen = seen & (rows[:, :, None] == columns[:, None, :])
-        return jnp.where(seen[:, None, None], scores, MASKED)
+        return jnp.where(seen[:, None, None], scores, MASKED), damping
+
+    def _seen(self, distance: Array, key_place: Array) -> Array:
+        """Which keys [N] a query [N] sees, but for segments."""
+        if self.options.causal:
+            seen = distance >= 0
+        else:
+            seen = jnp.broadcast_to(key_place < self.inputs.k.shape[1], distance.shape)
+        if self.inputs.window is None:
+            return seen
+        return seen & (jnp.abs(distance) < self.inputs.window)
 
     def grouped(self, x: Array) -> Array:
         """An array like the output, in the layout of q."""

@@ -37,6 +37,21 @@ CASES = {
     "traced_window": ((300, 2, 1, 16), {"window": np.int32(129)}),
     "slopes": ((300, 4, 2, 16), {"slopes": True}),
     "everything": ((300, 4, 2, 16), {"segments": 3, "window": 90, "slopes": True}),
+    "softcap": ((300, 2, 1, 96), {"softcap": 2.0, "segments": 2}),
+    "sinks": ((300, 4, 2, 16), {"sinks": True}),
+    "bidirectional": ((300, 2, 1, 16), {"causal": False}),
+    "bidirectional_window": (
+        (300, 2, 1, 16),
+        {"causal": False, "window": 70, "slopes": True},
+    ),
+    "bidirectional_traced_window": (
+        (400, 2, 1, 16),
+        {"causal": False, "window": np.int32(129), "segments": 2},
+    ),
+    "all_options": (
+        (300, 4, 2, 16),
+        dict(segments=3, window=90, slopes=True, softcap=1.5, sinks=True),
+    ),
     "bfloat16": ((300, 2, 1, 64), {"dtype": "bfloat16", "segments": 3}),
 }
 
@@ -56,7 +71,9 @@ def arrays(length, heads, groups, head_dim, dtype="float32", batch=2):
     )
 
 
-def options(length, heads, segments=None, slopes=False, window=None, scale=None):
+def options(
+    length, heads, segments=None, slopes=False, window=None, sinks=False, **others
+):
     random = np.random.default_rng(1)
     if segments is not None:
         ids = np.sort(random.integers(0, segments, (2, length)), axis=1)
@@ -64,7 +81,9 @@ def options(length, heads, segments=None, slopes=False, window=None, scale=None)
     if isinstance(window, np.int32):
         window = jnp.asarray(window)
     slopes = 2.0 ** -jnp.arange(1, heads + 1, dtype=jnp.float32) if slopes else None
-    return dict(segments=segments, window=window, slopes=slopes, scale=scale)
+    sinks = jnp.linspace(-1, 3, heads, dtype=jnp.float32) if sinks else None
+    found = dict(segments=segments, window=window, slopes=slopes, sinks=sinks)
+    return found | others
 
 
 def values_and_gradients(implementation, q, k, v, **given):
@@ -74,19 +93,23 @@ def values_and_gradients(implementation, q, k, v, **given):
     weights = jnp.asarray(random.normal(size=q.shape), jnp.float32)
     lse_weights = jnp.asarray(random.normal(size=(batch, heads, length)), jnp.float32)
 
-    @functools.partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
-    def mixture(q, k, v):
+    given = dict(given)
+    sinks = given.pop("sinks", None)
+
+    @functools.partial(jax.value_and_grad, argnums=(0, 1, 2, 3), has_aux=True)
+    def mixture(q, k, v, sinks):
         out, lse = flash_attention_with_lse(
-            q, k, v, implementation=implementation, **given
+            q, k, v, implementation=implementation, sinks=sinks, **given
         )
         mixed = (out.astype(jnp.float32) * weights).sum() + (lse * lse_weights).sum()
         return mixed, (out, lse)
 
-    (_, results), gradients = jax.jit(mixture)(q, k, v)
-    names, found = ("out", "lse", "dq", "dk", "dv"), (*results, *gradients)
+    (_, results), gradients = jax.jit(mixture)(q, k, v, sinks)
+    names = ("out", "lse", "dq", "dk", "dv", "dsinks")
     return {
         name: np.asarray(x.astype(jnp.float32))
-        for name, x in zip(names, found, strict=True)
+        for name, x in zip(names, (*results, *gradients), strict=True)
+        if x is not None
     }
 
 
@@ -124,7 +147,8 @@ def test_tpu_kernels_are_the_reference(name, interpreted):
 
 def test_xla_in_many_blocks(monkeypatch):
     monkeypatch.setattr(xla, "block_size", lambda length, rows: 64)
-    for name in ("documents", "everything", "traced_window"):
+    names = ("documents", "all_options", "traced_window", "bidirectional_window")
+    for name in names:
         inputs, given, want = case(name)
         assert_same(
             values_and_gradients("xla", *inputs, **given), want, TOLERANCE["float32"]
@@ -133,10 +157,20 @@ def test_xla_in_many_blocks(monkeypatch):
 
 def test_tpu_kernels_read_nothing_unwritten():
     """In this interpreter memory is NaN until something was written there."""
-    inputs, given, want = case("everything")
+    inputs, given, want = case("all_options")
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
         got = values_and_gradients("tpu", *inputs, **given)
     assert_same(got, want, TOLERANCE["float32"])
+
+
+def test_tpu_kernels_have_no_races(capfd):
+    """This interpreter prints a race, or raises, as the version of JAX may be."""
+    inputs, given, want = case("bidirectional")
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        got = values_and_gradients("tpu", *inputs, **given)
+    assert_same(got, want, TOLERANCE["float32"])
+    printed = capfd.readouterr()
+    assert "race" not in (printed.out + printed.err).lower()
 
 
 def places(schedule):
@@ -158,13 +192,14 @@ def places(schedule):
     "sizes", [(128, 128, 128), (640, 128, 128), (768, 256, 128), (768, 128, 256)]
 )
 @pytest.mark.parametrize("by_query", [True, False])
-def test_schedule_visits_every_pair_once(sizes, window, by_query):
+@pytest.mark.parametrize("causal", [True, False])
+def test_schedule_visits_every_pair_once(sizes, window, by_query, causal):
     length, query, key = sizes
-    blocks = Blocks(length, query, key, window)
+    blocks = Blocks(length, query, key, window, causal)
     schedule = Schedule(blocks, by_query)
     place = np.arange(length)
     distance = place[:, None] - place[None, :]
-    seen = (distance >= 0) & (distance < (window or length))
+    seen = (distance >= 0 if causal else True) & (abs(distance) < (window or length))
     seen = seen.reshape(length // query, query, length // key, key).any((1, 3))
     wanted = {(int(i), int(j)) for i, j in zip(*np.nonzero(seen), strict=True)}
 
@@ -331,6 +366,8 @@ def test_refuses_arrays_that_do_not_fit(given, error, message):
         (dict(segments=shape(2, 8)), TypeError, "give int32"),
         (dict(slopes=shape(2)), ValueError, r"\(4,\), one number per head"),
         (dict(slopes=shape(4, dtype=jnp.int32)), TypeError, "give float32"),
+        (dict(sinks=shape(2)), ValueError, r"sinks .*\(4,\), one number per head"),
+        (dict(softcap=0.0), ValueError, "softcap=0.0; give the bound"),
         (dict(window=0), ValueError, "window=0; give at least 1"),
         (dict(window=shape(1, dtype=jnp.int32)), ValueError, "an int32 scalar"),
         (dict(implementation="cuda"), ValueError, "'tpu', 'xla', 'reference'"),

@@ -73,6 +73,8 @@ def test_compiles_and_holds_no_scores(topology):
     [
         ((2048, 4, 2, 64), dict(window=512)),
         ((2048, 4, 2, 256), dict(window=jnp.int32(512), slopes=jnp.ones(4))),
+        ((2048, 4, 2, 96), dict(softcap=30.0, sinks=jnp.ones(4))),
+        ((2000, 4, 2, 192), dict(causal=False, softcap=30.0)),
         ((1100, 4, 4, 80), {}),
         ((100, 2, 1, 16), {}),
     ],
