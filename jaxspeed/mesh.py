@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from jaxspeed.torus import torus_order
+
 AXES = ("pipe", "replica", "data", "expert", "seq", "tensor")
 BATCH_AXES = ("replica", "data", "expert")
 """Axes over which the batch is split; they hold different samples."""
@@ -88,38 +90,10 @@ def make_mesh(
     resolved = shape.resolve(len(devices))
     axis_sizes = tuple(getattr(resolved, axis) for axis in AXES)
     axis_types = (AxisType.Auto,) * len(AXES)
-    ring = _ring_order(devices) if max(axis_sizes) == len(devices) else None
-    if ring is not None:
-        return Mesh(np.array(ring).reshape(axis_sizes), AXES, axis_types=axis_types)
+    order = torus_order(devices) if max(axis_sizes) == len(devices) else None
+    if order is not None:
+        return Mesh(np.array(order).reshape(axis_sizes), AXES, axis_types=axis_types)
     return jax.make_mesh(axis_sizes, AXES, axis_types=axis_types, devices=devices)
-
-
-def _ring_order(devices: Sequence[Any]) -> list[Any] | None:
-    """Neighbours after one another, the last beside the first; None if unknown how.
-
-    For the boxes of TPU chips that have a side of two: back and forth along the other
-    sides, and back on the second half. `jax.make_mesh` numbers them row by row, so that
-    the two directions of a ring of shifts would share links.
-    """
-    places = np.array([getattr(device, "coords", ()) for device in devices])
-    sides = np.unique(places, axis=0).max(axis=0) + 1 if places.size else np.array([])
-    boxed = len(devices) == math.prod(sides.tolist()) > 2 and places.min() == 0
-    if not boxed or 2 not in sides:
-        return None
-    order = np.argsort(sides != 2, kind="stable")  # a side of two varies slowest
-    at = {
-        tuple(place[order]): device
-        for place, device in zip(places, devices, strict=True)
-    }
-    way: list[tuple[int, ...]] = [()]
-    for side in sides[order]:
-        steps = range(int(side))
-        way = [
-            (*before, step)
-            for number, before in enumerate(way)
-            for step in (steps if number % 2 == 0 else reversed(steps))
-        ]
-    return [at[place] for place in way]
 
 
 def settle(results: Any, mesh: Mesh) -> Any:

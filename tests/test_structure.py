@@ -8,7 +8,10 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = [
     {"kernels_pallas"},
-    {f"jaxspeed.{name}" for name in ("mesh", "comm", "rings", "spec", "chips")},
+    {
+        f"jaxspeed.{name}"
+        for name in ("mesh", "torus", "comm", "rings", "spec", "chips")
+    },
     {f"jaxspeed.{name}" for name in ("parallel", "optim", "checkpoint", "data")},
     {"jaxspeed.models"},
     {
@@ -26,6 +29,8 @@ LAYERS = [
 SIBLINGS = {
     ("jaxspeed.comm", "jaxspeed.mesh"),
     ("jaxspeed.comm", "jaxspeed.rings"),
+    ("jaxspeed.mesh", "jaxspeed.torus"),
+    ("jaxspeed.torus", "jaxspeed.rings"),
     ("jaxspeed.comm", "jaxspeed.chips"),
     ("jaxspeed.spec", "jaxspeed.mesh"),
     ("jaxspeed.config", "jaxspeed.config_values"),

@@ -6,13 +6,15 @@ A bench compares within one interleaved run and reports medians and ratios.
 from collections.abc import Callable
 from typing import Any
 
-from jaxspeed.bench import engine, estimate, pods, resume, zero
+from jaxspeed.bench import engine, estimate, overlap, pods, resume, traffic, zero
 
 BENCHES: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "engine": engine.run,
     "estimate": estimate.run,
+    "overlap": overlap.run,
     "pods": pods.run,
     "zero": zero.run,
     "resume": resume.run,
+    "traffic": traffic.run,
 }
 """Every bench by name; each returns the rows of its table."""

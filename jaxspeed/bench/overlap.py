@@ -1,0 +1,77 @@
+"""The compiler options that `train` sets, taken away: what of the traffic is hidden.
+
+Compiles a ZeRO-3 step with layers of Llama 3 8B, sequences of 8192, for a few chips of
+every TPU generation. Four layers: two of them run in the loop whose overlap counts.
+"""
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jaxspeed import plan
+from jaxspeed.bench import pods
+from jaxspeed.config import Config
+from jaxspeed.train import compiler
+
+TOPOLOGIES = ("v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1")
+LAYERS = 4
+NONE = "none of them"
+ALL = "as train sets them"
+
+
+def run() -> list[dict[str, Any]]:
+    """A row per topology and set of options."""
+    config = pods.configuration("8B")
+    model = dataclasses.replace(config.model, num_layers=LAYERS)
+    config = dataclasses.replace(config, model=model)
+    return [
+        measure(config, topology, name, options)
+        for topology in TOPOLOGIES
+        for name, options in variants(topology.partition(":")[0]).items()
+    ]
+
+
+def variants(chip: str) -> dict[str, Mapping[str, Any]]:
+    """Sets of options by name: all, none, and all without one group of them."""
+    every = compiler.OPTIONS[chip]
+    extra = {name: every[name] for name in every if name not in compiler.TPU}
+    found: dict[str, Mapping[str, Any]] = {NONE: {}, ALL: every}
+    if extra:
+        found[f"without {', '.join(extra)}"] = compiler.TPU
+    return found
+
+
+def measure(
+    config: Config, topology: str, name: str, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Plans one step that is compiled with `options`."""
+    print(f"compiling for {topology}, options: {name}", file=sys.stderr, flush=True)
+    chip = topology.partition(":")[0]
+    with _compiled_with(chip, options):
+        timeline = plan.report(config, topology).timeline
+    assert timeline is not None, "every TPU is a known chip"
+    looped = [entry for entry in timeline.entries if entry.collective.count > 1]
+    sent = sum(entry.collective.bytes_sent for entry in looped)
+    hidden = sum(entry.hidden * entry.collective.bytes_sent for entry in looped)
+    return {
+        "topology": topology,
+        "options": name,
+        "hidden": timeline.hidden,
+        "hidden_in_loops": hidden / sent,
+        "step_seconds": timeline.seconds,
+        "compute_seconds": timeline.compute_seconds,
+        "exposed_seconds": timeline.exposed_seconds,
+    }
+
+
+@contextlib.contextmanager
+def _compiled_with(chip: str, options: Mapping[str, Any]) -> Iterator[None]:
+    """Steps built meanwhile are compiled with other options than `train` sets."""
+    usual = compiler.OPTIONS[chip]
+    compiler.OPTIONS[chip] = dict(options)
+    try:
+        yield
+    finally:
+        compiler.OPTIONS[chip] = usual
