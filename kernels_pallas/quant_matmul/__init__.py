@@ -1,5 +1,6 @@
 """Matrix products with weights of 4, 6 and 8 bits."""
 
+from kernels_pallas.quant_matmul.api import quant_matmul
 from kernels_pallas.quant_matmul.formats import FORMATS
 from kernels_pallas.quant_matmul.sharding import partition_specs
 from kernels_pallas.quant_matmul.storage import from_arrays, to_arrays
@@ -9,6 +10,7 @@ from kernels_pallas.quant_matmul.two_plane import (
     from_two_planes,
     to_two_planes,
 )
+from kernels_pallas.quant_matmul.w8a8 import w8a8_matmul
 
 __all__ = [
     "FORMATS",
@@ -18,7 +20,9 @@ __all__ = [
     "from_arrays",
     "from_two_planes",
     "partition_specs",
+    "quant_matmul",
     "quantize",
     "to_arrays",
     "to_two_planes",
+    "w8a8_matmul",
 ]

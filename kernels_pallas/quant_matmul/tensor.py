@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kernels_pallas.quant_matmul import formats
 from kernels_pallas.quant_matmul.format import Format
@@ -87,6 +88,15 @@ class QuantizedTensor:
     def rows_per_scale(self) -> int:
         """The group, or all of the stored rows."""
         return self.padded[0] if self.group is None else self.group
+
+    def take(self, layer: Int[Array, ""] | None) -> "QuantizedTensor":
+        """Matrix `layer` of a stack; None: the only one."""
+        if layer is None:
+            return self
+        take = functools.partial(
+            lax.dynamic_index_in_dim, index=layer, axis=0, keepdims=False
+        )
+        return jax.tree.map(take, self)
 
     def scale_values(self) -> Float[Array, "*L G N"]:
         """The scales in float32, the tensor's included."""
