@@ -12,6 +12,9 @@ from kernels_pallas.block_sparse_attention.pattern import Mask
 CELL = 128
 """Queries that are worked on together, at most, and keys that are fetched together."""
 
+EMPTY = 0.25
+"""How much of the lists may be added to them, so that there are few programs."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
@@ -34,28 +37,40 @@ def cell_size(block: int) -> int:
 
 @functools.lru_cache(maxsize=64)
 def rows_by_length(mask: Mask) -> tuple[Rows, ...]:
-    """Every row that lists anything, with at most a fourth of its list empty.
+    """Every row that lists anything, with few groups and little of their lists empty.
 
     Rows that list nothing in any layout are in none.
     """
     layouts = range(len(mask.pattern.distinct))
     cells = np.stack([mask.cells(i, cell_size(mask.block)) for i in layouts])
     lengths = cells.sum(axis=2).max(axis=0)
-    padded = np.array([_rounded(length) for length in range(cells.shape[1] + 1)])
-    padded = np.minimum(padded, cells.shape[1])[lengths]
-    found = []
-    for length in np.unique(padded[lengths > 0]):
-        rows = np.nonzero((padded == length) & (lengths > 0))[0]
+    found, shortest = [], 1
+    for longest in _longest(lengths[lengths > 0]):
+        rows = np.nonzero((shortest <= lengths) & (lengths <= longest))[0]
+        shortest = longest + 1
         mine = cells[:, rows]
         # A stable sort puts the listed cells first, in order.
-        order = np.argsort(~mine, axis=2, kind="stable")[:, :, :length]
+        order = np.argsort(~mine, axis=2, kind="stable")[:, :, :longest]
         listed = np.take_along_axis(mine, order, axis=2)
         lists = np.where(listed, order, -1)
         found.append(Rows(rows.astype(np.int32), lists.astype(np.int32)))
     return tuple(found)
 
 
-def _rounded(length: int) -> int:
-    """The next of 1 to 4, 5 to 8, 10, 12, 14, 16, 20, 24, ..."""
-    step = 2 ** max(math.ceil(math.log2(max(length, 1))) - 3, 0)
-    return math.ceil(length / step) * step
+def _longest(lengths: Int[np.ndarray, " rows"]) -> list[int]:
+    """The longest list of each group.
+
+    Neighbouring groups are joined, those first to which it adds least, as long as all
+    that is added stays below `EMPTY`.
+    """
+    values, rows = map(list, np.unique(lengths, return_counts=True))
+    spare = EMPTY * lengths.sum()
+    while len(values) > 1:
+        added = np.diff(values) * rows[:-1]
+        least = int(np.argmin(added))
+        spare -= added[least]
+        if spare < 0:
+            break
+        rows[least + 1] += rows[least]
+        del values[least], rows[least]
+    return [int(value) for value in values]
