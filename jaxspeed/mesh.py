@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from jaxspeed.torus import torus_order
@@ -92,8 +93,13 @@ def make_mesh(
     axis_types = (AxisType.Auto,) * len(AXES)
     order = torus_order(devices) if max(axis_sizes) == len(devices) else None
     if order is not None:
-        return Mesh(np.array(order).reshape(axis_sizes), AXES, axis_types=axis_types)
-    return jax.make_mesh(axis_sizes, AXES, axis_types=axis_types, devices=devices)
+        grid = np.array(order).reshape(axis_sizes)
+    else:
+        # An axis may be a part of a side of the torus: two of the four in v5p:4x4x4.
+        grid = mesh_utils.create_device_mesh(
+            axis_sizes, devices, allow_split_physical_axes=True
+        )
+    return Mesh(grid, AXES, axis_types=axis_types)
 
 
 def settle(results: Any, mesh: Mesh) -> Any:

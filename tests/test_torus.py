@@ -7,6 +7,8 @@ import types
 import pytest
 
 from jaxspeed import rings
+from jaxspeed.mesh import make_mesh
+from jaxspeed.plan.topology import topology_devices
 from jaxspeed.torus import torus_order
 
 
@@ -70,3 +72,13 @@ def test_neighbours_in_a_ring_are_neighbours_on_the_torus(sides, cores):
 )
 def test_where_no_order_is_known(devices):
     assert torus_order(devices) is None
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("topology", ["v5p:4x4x4", "v5e:8x8", "tpu7x:2x4x4"])
+@pytest.mark.parametrize("tensor, replica", [(1, 1), (2, 1), (2, 2), (8, 2)])
+def test_an_axis_may_be_a_part_of_a_side(topology, tensor, replica):
+    devices = topology_devices(topology)
+    mesh = make_mesh(devices=devices, tensor=tensor, replica=replica)
+    assert mesh.shape["data"] == len(devices) // tensor // replica
+    assert {id(device) for device in mesh.devices.flat} == set(map(id, devices))
