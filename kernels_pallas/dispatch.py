@@ -35,14 +35,13 @@ def run(
         ValueError: an unknown implementation, or one that cannot run and why.
     """
     check(kernel, implementation, candidates)
-    if implementation is not None:
-        return candidates[implementation](*arguments)  # pyright: ignore
-    own = {
-        platform: candidates[name]
-        for name, platform in PLATFORMS.items()
-        if callable(candidates.get(name))
+    able = {
+        name: each for name, each in candidates.items() if not isinstance(each, str)
     }
-    return lax.platform_dependent(*arguments, default=candidates["xla"], **own)
+    if implementation is not None:
+        return able[implementation](*arguments)
+    own = {platform: able[name] for name, platform in PLATFORMS.items() if name in able}
+    return lax.platform_dependent(*arguments, default=able["xla"], **own)
 
 
 def check(kernel: str, implementation: str | None, candidates: Candidates) -> None:
