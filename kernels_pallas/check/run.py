@@ -18,7 +18,7 @@ from kernels_pallas.check.case import Case
 from kernels_pallas.check.chips import CHIPS
 from kernels_pallas.check.result import Result
 
-SECONDS = 300.0
+SECONDS = 600.0
 """That one case may take on one platform's chips together."""
 
 

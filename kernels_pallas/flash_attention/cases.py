@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from kernels_pallas.check.case import Case
-from kernels_pallas.flash_attention import flash_attention, tpu
+from kernels_pallas.flash_attention import flash_attention, gpu, tpu
+from kernels_pallas.flash_attention.inputs import Inputs, Options
 
 Structs = tuple[Any, ...]
 
@@ -60,6 +61,44 @@ def _case(
     )
 
 
+def gpu_forward(
+    q: Array, k: Array, v: Array, segments: Array | None, **given: Any
+) -> tuple[Array, Array]:
+    """The output and lse of the GPU kernel; options are those of the inputs."""
+    options, inputs = _gpu_inputs(q, k, v, segments, **given)
+    return gpu.forward(options, inputs)
+
+
+def gpu_backward(
+    q: Array, k: Array, v: Array, segments: Array | None, **given: Any
+) -> tuple[Array, ...]:
+    """The gradients of the GPU kernels alone."""
+    options, inputs = _gpu_inputs(q, k, v, segments, **given)
+    batch, length, heads, _ = q.shape
+    numbers = jnp.zeros((batch, heads, length), jnp.float32)
+    return gpu.backward(options, inputs, numbers, numbers, q)
+
+
+def _gpu_inputs(
+    q: Array, k: Array, v: Array, segments: Array | None, **given: Any
+) -> tuple[Options, Inputs]:
+    slopes = given.pop("slopes", None)
+    if slopes is not None:
+        slopes = jnp.full(q.shape[2], slopes, jnp.float32)
+    options = Options(q.shape[3] ** -0.5, given.pop("window", None), **given)
+    return options, Inputs(q, k, v, segments, None, slopes)
+
+
+def _gpu_case(
+    name: str, function: Callable[..., Any], arguments: Structs, **given: Any
+) -> Case:
+    """Instructions are counted per score of 64 queries with a block of keys."""
+    head_dim = arguments[0].shape[3]
+    block = 64 if function is gpu_backward else gpu.block_size(head_dim)
+    bound = functools.partial(function, **given)
+    return Case(name, "gpu", bound, arguments, weights=64 * block)
+
+
 CASES = [
     _case("forward", forward, structs(768, 128), blocks=2),
     _case(
@@ -67,4 +106,13 @@ CASES = [
     ),
     _case("forward, 8192 tokens", forward, structs(8192, 128), blocks=2),
     _case("forward and backward", backward, structs(768, 128), blocks=6),
+    _gpu_case("forward", gpu_forward, structs(768, 128)),
+    _gpu_case("forward, head dim 64", gpu_forward, structs(768, 64)),
+    _gpu_case("forward, head dim 256", gpu_forward, structs(768, 256)),
+    _gpu_case("forward, segments", gpu_forward, structs(768, 128, segments=True)),
+    _gpu_case("forward, ALiBi", gpu_forward, structs(768, 128), slopes=0.5),
+    _gpu_case("forward, soft-cap", gpu_forward, structs(768, 128), softcap=30.0),
+    _gpu_case("forward, window", gpu_forward, structs(768, 128), window=200),
+    _gpu_case("backward", gpu_backward, structs(768, 128)),
+    _gpu_case("backward, head dim 64", gpu_backward, structs(768, 64)),
 ]
