@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.flash_attention.inputs import pad_dim
 from kernels_pallas.grouped_matmul import plan, schedule
 from kernels_pallas.grouped_matmul.plan import Sizes, Tiles
 from kernels_pallas.grouped_matmul.weights import Weights
@@ -127,8 +128,10 @@ class _Product:
 
 
 def _product(x: Array, weights: Weights, sizes: Array, *, transposed: bool) -> Array:
-    rows, depth = x.shape
-    groups, columns, _ = weights.shape if transposed else _swap(weights.shape)
+    (_, depth, columns), shape = weights.padded, weights.shape
+    depth, columns = (columns, depth) if transposed else (depth, columns)
+    x = pad_dim(x, 1, depth)
+    rows, groups = x.shape[0], shape[0]
     problem = Sizes(rows, depth, columns, groups, jnp.dtype(x.dtype).itemsize)
     tiles = plan.product_tiles(problem)
     steps = schedule.of_outputs(sizes, rows, tiles.rows)
@@ -161,7 +164,8 @@ def _product(x: Array, weights: Weights, sizes: Array, *, transposed: bool) -> A
         cost_estimate=_cost(problem),
         name="grouped_matmul_dx" if transposed else "grouped_matmul",
     )
-    return run(*_scalars(steps), x, *weights.arrays)
+    out = run(*_scalars(steps), x, *weights.arrays)
+    return out[:, : shape[1 if transposed else 2]]
 
 
 def _product_body(kernel: _Product, *refs: Ref) -> None:
@@ -172,11 +176,15 @@ def _product_body(kernel: _Product, *refs: Ref) -> None:
 
     def multiply() -> Array:
         left, right = x[...], kernel.weights.load(weight_refs)
+        scales = kernel.weights.load_scales(weight_refs)
+        if kernel.transposed and scales is not None:
+            left = (left.astype(jnp.float32) * scales).astype(left.dtype)
         axis = 1 if kernel.transposed else 0
         if kernel.depth % kernel.tiles.depth:
             valid = kernel.depth - k * kernel.tiles.depth
             left, right = _keep(left, 1, valid), _keep(right, axis, valid)
-        return _dot(left, right, (((1,), (axis,)), ((), ())))
+        product = _dot(left, right, (((1,), (axis,)), ((), ())))
+        return product if kernel.transposed or scales is None else product * scales
 
     def keep(result: Array) -> None:
         first = tile[s] * kernel.tiles.rows
@@ -259,15 +267,13 @@ def _where(mask: Array, x: Array) -> Array:
 
 
 def _dot(x: Array, y: Array, dims: Any) -> Array:
+    """Float32; narrow numbers enter the dot with bfloat16 as they are."""
+    if x.dtype == jnp.float32:
+        y = y.astype(jnp.float32)
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return lax.dot_general(
         x, y, dims, precision=precision, preferred_element_type=jnp.float32
     )
-
-
-def _swap(shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    groups, depth, columns = shape
-    return groups, columns, depth
 
 
 def _scalars(steps: schedule.Steps) -> list[Array]:

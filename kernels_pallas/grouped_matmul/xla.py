@@ -13,13 +13,14 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.flash_attention.inputs import pad_dim, vary_like
 from kernels_pallas.grouped_matmul import schedule
+from kernels_pallas.grouped_matmul.weights import Weights
 
 TILE = 128
 
 
 def product(
     x: Float[Array, "M K"],
-    w: Float[Array, "G K N"],
+    weights: Weights,
     sizes: Int[Array, " G"],
     *,
     transposed: bool,
@@ -27,20 +28,27 @@ def product(
     """x[group] w[group], or with `transposed` x[group] w[group]^T, [M, N] -> [M, K]."""
     rows, tile = x.shape[0], min(TILE, x.shape[0])
     steps = schedule.of_groups(sizes, rows, tile)
-    padded = _pad(x, tile)
-    width = w.shape[1 if transposed else 2]
+    _, depth, columns = weights.padded
+    depth, columns = (columns, depth) if transposed else (depth, columns)
+    padded = pad_dim(_pad(x, tile), 1, depth)
     dims = (((1,), (1 if transposed else 0,)), ((), ()))
 
     def visit(out: Array, group: Array, first: Array, mine: Array) -> Array:
         part = lax.dynamic_slice_in_dim(padded, first, tile)
-        weight = lax.dynamic_index_in_dim(w, group, keepdims=False)
-        result = _dot(part, weight, dims).astype(x.dtype)
+        scales = weights.scales(group)
+        if transposed and scales is not None:
+            part = (part.astype(jnp.float32) * scales).astype(x.dtype)
+        result = _dot(part, weights.numbers(group, x.dtype), dims)
+        if not transposed and scales is not None:
+            result = result * scales
         before = lax.dynamic_slice_in_dim(out, first, tile)
-        result = jnp.where(mine[:, None], result, before)
+        result = jnp.where(mine[:, None], result.astype(x.dtype), before)
         return lax.dynamic_update_slice_in_dim(out, result, first, 0)
 
-    zeros = jnp.zeros((padded.shape[0], width), x.dtype)
-    return _over_steps(steps, tile, visit, vary_like(zeros, x, w, sizes))[:rows]
+    zeros = jnp.zeros((padded.shape[0], columns), x.dtype)
+    zeros = vary_like(zeros, x, *weights.arrays, sizes)
+    out = _over_steps(steps, tile, visit, zeros)
+    return out[:rows, : weights.shape[1 if transposed else 2]]
 
 
 def weight_gradient(

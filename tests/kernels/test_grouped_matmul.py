@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.grouped_matmul import grouped_matmul, plan, schedule
 from kernels_pallas.grouped_matmul.plan import Sizes, Tiles
+from kernels_pallas.quant_matmul import dequantize, quantize
 
 # (rows, depth, columns), sizes of the groups, dtype, and tiles if not the planner's.
 CASES = {
@@ -249,6 +250,41 @@ def test_inside_shard_map():
         np.testing.assert_allclose(dx[part], values[1], rtol=1e-5, atol=1e-5)
         want_dw[own] += values[2]
     np.testing.assert_allclose(dw, want_dw, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4", "fp6_e3m2", "fp8_e4m3"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "tpu"])
+def test_quantized_weights(format, implementation, interpreted, monkeypatch):
+    """The products with the weights that the codes stand for, and no gradient."""
+    use_tiles(monkeypatch, (32, 256, 256) if implementation == "tpu" else None)
+    dtype = "float32" if format == "int4" else "bfloat16"
+    sizes = [10, 0, 25]
+    x, w, d_out = arrays((40, 300, 70), sizes, dtype)
+    w = quantize(w, format)
+    given = jnp.asarray(sizes, jnp.int32)
+    out, back = jax.vjp(lambda x: grouped_matmul(x, w, given, implementation), x)
+    got = out, *back(d_out)
+    inputs = x, dequantize(w, jnp.float32), d_out
+    values, scales = exact(*inputs, sizes)
+    step = float(jnp.finfo(x.dtype).eps)
+    # dx multiplies the rounded products of d_out and the scales.
+    magnitudes = exact(
+        *(np.abs(np.asarray(each, np.float64)) for each in inputs), sizes
+    )
+    rounded = (0, step * magnitudes[0][1])
+    for found, want, scale, extra in zip(got, values, scales, rounded, strict=False):
+        error = np.abs(np.asarray(found, np.float64) - want)
+        assert np.all(error <= 2 * step * np.abs(want) + scale + extra)
+
+
+def test_refuses_quantized_weights_without_columns_scales():
+    x, w, _ = arrays((40, 256, 128), [0] * 3, "float32")
+    sizes = jnp.zeros(3, jnp.int32)
+    for bad in (quantize(w, "int8", group=128), quantize(w, "int8", symmetric=False)):
+        with pytest.raises(ValueError, match="group=None and symmetric=True"):
+            grouped_matmul(x, bad, sizes)
+    with pytest.raises(ValueError, match="should be x"):
+        grouped_matmul(x[:, :5], quantize(w, "int8"), sizes)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cpu", "cuda"])

@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.grouped_matmul import grouped_matmul
+from kernels_pallas.quant_matmul import quantize
 
 pytestmark = pytest.mark.tpu_aot
 
@@ -66,6 +67,22 @@ def test_compiles_without_copies_of_weights(name, topology):
     flops = compiled.cost_analysis()["flops"]
     assert flops >= 3 * 2 * rows * depth * columns
     assert flops < 3.1 * 2 * rows * depth * columns + 10**6
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("format", ["int8", "int4", "fp6_e3m2", "fp8_e4m3"])
+def test_compiles_with_quantized_weights(format, topology):
+    """Decoded on the chip: no memory for the weights that the codes stand for."""
+    x, w, sizes = structs(mesh_of(topology), (256, 2048, 1024, 8), jnp.bfloat16, P())
+    quantized = jax.eval_shape(lambda w: quantize(w, format), w)
+    quantized = jax.tree.map(
+        lambda each: jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=w.sharding),
+        quantized,
+    )
+    gradient = jax.value_and_grad(loss)
+    lowered = jax.jit(gradient).lower(x, quantized, sizes)
+    assert lowered.as_text().count("@tpu_custom_call") == 2
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < 2**22
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
