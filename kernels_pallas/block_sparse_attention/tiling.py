@@ -24,22 +24,24 @@ BITS = 32
 SMALLEST_CELL = 8
 """Rows of a register: cells are told apart at no finer grain."""
 
-STEP_SCORES = 2**16
+STEP_SCORES = 2**17
 """What a pair of blocks costs beside its scores, in scores.
 
-In the compiler's final schedule the three kernels together take, per pair of blocks of
-n x n, the time of n * n + 48K scores on v5p and n * n + 112K on v6e (from n = 512 and
-1024, K = 128; see `flash_attention.tpu.BLOCKS`).
+In the compiler's final schedule the three kernels together take, per pair of blocks, K
+= 128: on v5p 1881 cycles for 128 x 128 and 5876 for 512 x 512, on v6e 2242 and 3768. So
+a pair costs 99K scores on v5p, and 345K on v6e, whose matrix unit is half idle at 128.
+Masks of cells add 2% at most, comparisons of tokens an eighth to a fourth.
 """
 
-FINE_RATIO, FINE_COST = 1.25, 1.75
+FINE_RATIO, FINE_COST = 1.25, 2.0
 """A tiling keeps to the layout if it computes at most so many scores for each listed.
 
-It is taken if it costs at most so many times the least, which is only an estimate.
+It is taken if it costs at most so many times the least, by an estimate that leaves out
+what is fetched for scores that are not listed.
 """
 
 MOST_PAIRS = 2**16
-"""Pairs of blocks whose indices, 8 bytes each, are kept in scalar memory (1 MiB)."""
+"""Pairs of blocks that may be listed: 8 bytes each, in 1 MiB of scalar memory."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
