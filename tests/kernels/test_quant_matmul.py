@@ -107,8 +107,14 @@ def test_tpu_kernel_with_its_own_plan(name, interpreted):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "tpu"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype, out_dtype",
+    [
+        *zip(DTYPES, DTYPES, strict=True),
+        ("bfloat16", "float32"),
+        ("float32", "float16"),
+    ],
+)
 def test_dtypes(dtype, out_dtype, implementation, interpreted):
     x, w = arrays(9, 500, 130, dtype)
     w = quantize(w, "fp6_e2m3")
@@ -170,7 +176,7 @@ def test_tpu_kernel_reads_nothing_unwritten(name, detect_races, small_blocks):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "tpu"])
-@pytest.mark.parametrize("name", ["int4 group 128 zero points", "fp6_e3m2", "nvfp4"])
+@pytest.mark.parametrize("name", ["int4 group 128 zero points", "fp6_e3m2"])
 def test_gradient_is_the_reference_s(name, implementation, interpreted):
     format, options = WEIGHTS[name]
     x, w = arrays(5, 300, 130, "float32")
@@ -209,7 +215,7 @@ def _static(w):
 
 
 @pytest.mark.parametrize("implementation", ["xla", "tpu"])
-@pytest.mark.parametrize("name", ["int4 group 128", "fp6_e3m2", "nvfp4"])
+@pytest.mark.parametrize("name", ["int4 group 128", "fp6_e3m2"])
 def test_transformations(name, implementation, interpreted):
     """jit, vmap over x, vmap and scan over a stack of weights."""
     format, options = WEIGHTS[name]
@@ -229,7 +235,7 @@ def test_transformations(name, implementation, interpreted):
 
 
 @pytest.mark.parametrize("implementation", ["xla", "tpu"])
-@pytest.mark.parametrize("name", ["int4 group 128", "fp6_e3m2", "nvfp4"])
+@pytest.mark.parametrize("name", ["int4 group 128", "nvfp4"])
 def test_shards(name, implementation, interpreted):
     """K over one axis, N over another; values and the gradient of x."""
     format, options = WEIGHTS[name]
@@ -261,8 +267,8 @@ def test_shards(name, implementation, interpreted):
 def test_one_layer_of_a_stack(name, implementation, interpreted):
     format, options = WEIGHTS[name]
     random = np.random.default_rng(0)
-    x = jnp.asarray(random.normal(size=(3, 512)), jnp.float32)
-    w = jnp.asarray(random.normal(size=(3, 512, 512)) / 20, jnp.float32)
+    x = jnp.asarray(random.normal(size=(3, 256)), jnp.float32)
+    w = jnp.asarray(random.normal(size=(3, 256, 256)) / 16, jnp.float32)
     w = quantize(w, format, **options)
     run = functools.partial(quant_matmul, implementation=implementation)
 
