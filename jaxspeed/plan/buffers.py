@@ -15,7 +15,9 @@ import numpy as np
 
 from jaxspeed.plan import hlo, origins
 
-_ALLOCATION = re.compile(r"allocation \d+: size (\d+)(?:, color (\d+))?, (.*):")
+_ALLOCATION = re.compile(
+    r"allocation \d+: size (\d+)(?:, color (\d+))?(?:, page \d+)?, (.*):"
+)
 _VALUE = re.compile(
     r" value: <\d+ (?P<name>[^ {]+)(?P<index>\{[\d,]*\})?(?: \(phi\))? @\d+> "
     r"\(size=(?P<size>\d+),offset=(?P<offset>\d+)\): (?P<type>.*)"

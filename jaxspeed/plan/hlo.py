@@ -25,6 +25,9 @@ _CALLED = re.compile(
     r"\b(?:calls|to_apply|body|condition|branch_computations|called_computations"
     r"|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)"
 )
+# An element of a tuple as an operand, which newer compilers write in place of an
+# instruction of its own: `%loop#3`.
+_ELEMENT = re.compile(r"%([\w.\-]+)#(\d+)((?:#\d+)*)")
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 
 
@@ -108,7 +111,7 @@ class Instruction:
     def operands(self) -> tuple[str, ...]:
         """Names of the operands (the value of a constant, the index of a parameter)."""
         if "%" in self.arguments:
-            return tuple(re.findall(r"%([\w.\-]+)", self.arguments))
+            return tuple(re.findall(r"%([\w.\-#]+)", self.arguments))
         return tuple(word.split(" ")[-1] for word in self.arguments.split(", ") if word)
 
     @property
@@ -184,9 +187,11 @@ def parse(text: str) -> Module:
     table = name = root = ""
     instructions: dict[str, Instruction] = {}
     for line in text.splitlines():
-        if instruction := _INSTRUCTION.match(line):
-            instructions[instruction["name"]] = _instruction(instruction)
-            root = instruction["name"] if instruction["root"] else root
+        if match := _INSTRUCTION.match(line):
+            instruction = _instruction(match)
+            _add_elements(instruction, instructions)
+            instructions[instruction.name] = instruction
+            root = instruction.name if match["root"] else root
         elif header := _COMPUTATION.fullmatch(line.strip()):
             name, root, instructions = header[2], "", {}
             entries += [name] if header[1] else []
@@ -223,6 +228,34 @@ def _instruction(match: re.Match[str]) -> Instruction:
     return Instruction(
         match["name"], match["type"], match["opcode"], arguments, rest[end + 1 :]
     )
+
+
+def _add_elements(user: Instruction, instructions: dict[str, Instruction]) -> None:
+    """Adds the instruction that each operand written `%tuple#index` stands for.
+
+    The tuple stands before its user: programs are printed in the order they run in.
+    """
+    for name, index, more in _ELEMENT.findall(user.arguments):
+        for number in (index, *more.split("#")[1:]):
+            element = f"{name}#{number}"
+            if element not in instructions:
+                kind = _element_types(instructions[name].type)[int(number)]
+                instructions[element] = Instruction(
+                    element, kind, "get-tuple-element", f"%{name}", f", index={number}"
+                )
+            name = element
+
+
+def _element_types(kind: str) -> list[str]:
+    """The types of a tuple's elements, from the type of the tuple."""
+    types, depth, start = [], 0, 1
+    kind = re.sub(r"/\*.*?\*/", "", kind)
+    for found in re.finditer(r"[(\[{]|[)\]}]|, ", kind):
+        depth += {"(": 1, "[": 1, "{": 1, ", ": 0}.get(found[0], -1)
+        if (found[0] == ", " and depth == 1) or depth == 0:
+            types.append(kind[start : found.start()])
+            start = found.end()
+    return types
 
 
 def _header_number(text: str, key: str) -> int:

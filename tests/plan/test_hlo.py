@@ -121,6 +121,28 @@ def test_names_without_percent_signs():
     assert instructions["old.4"].operands == ("x", "psum.3")
 
 
+def test_operands_that_are_elements_of_tuples():
+    """`%pair#1`, as newer compilers write it, is an instruction like any other."""
+    text = """HloModule m
+
+ENTRY %main (x: (f32[2,3], (s32[], bf16[4]))) -> f32[4] {
+  %x = (f32[2,3]{1,0:T(8,128)(2,1)}, /*index=1*/(s32[], bf16[4]{0})) parameter(0)
+  %sum = f32[2,3]{1,0} add(%x#0, %x#0)
+  ROOT %wide = f32[4]{0} convert(%x#1#1), metadata={op_name="a#b"}
+}
+"""
+    instructions = hlo.parse(text).computations["main"].instructions
+    assert instructions["sum"].operands == ("x#0", "x#0")
+    assert instructions["wide"].operands == ("x#1#1",)
+    assert list(instructions) == ["x", "x#0", "sum", "x#1", "x#1#1", "wide"]
+    first, inner = instructions["x#0"], instructions["x#1#1"]
+    assert (first.opcode, first.operands) == ("get-tuple-element", ("x",))
+    assert first.type == "f32[2,3]{1,0:T(8,128)(2,1)}"
+    assert inner.operands == ("x#1",)
+    assert inner.attribute(r"\bindex=(\d+)") == "1"
+    assert inner.shapes == (hlo.Shape("bf16", (4,)),)
+
+
 def test_source_from_stack_frames_and_from_metadata(module):
     instructions = module.computations["main.2"].instructions
     assert module.source(instructions["psum.3"]) == ("/home/me/model.py:12 jit(f)/psum")

@@ -91,6 +91,8 @@ def trip_counts(text):
         (dict(direction="NE", step=5, bound=20), 4),
         (dict(direction="GT", operands="%bound, %i"), 5),
         (dict(operands="%i, %last"), 6),
+        (dict(operands="%state#0, %bound", advance="add(%state#0, %step)"), 5),
+        (dict(operands="%i, %state#2"), 6),
         (dict(operands="%ahead, %bound"), 3),
         (dict(start=5, advance="subtract(%i, %step)", direction="GT", bound=0), 5),
         (dict(advance="add(%last, %step)"), None),
