@@ -104,6 +104,11 @@ def test_saved_activations_are_those_of_a_traced_layer(remat, length, compute):
         found = activations(model, length, compute).saved(remat)
         # Per-token scalars of the norms are left out, and a copy made for float32.
         traced = traced_bytes(model, length, compute, remat)
+        if remat == "none" and model is GPT and jax.__version_info__ >= (0, 12):
+            # Keeps one array fewer for the derivative of GELU.
+            traced += (
+                2 * length * GPT.feed_forward.hidden_dim * jnp.dtype(compute).itemsize
+            )
         assert found == pytest.approx(traced, rel=0.04 if remat == "none" else 0.002)
 
 
