@@ -4,8 +4,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.arrays import vary_like
 
 
 def gpu_kernel(
@@ -33,4 +36,11 @@ def gpu_kernel(
     parameters = plgpu.CompilerParams(
         approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
     )
-    return plgpu.kernel(named, compiler_params=parameters, **given)
+    run = plgpu.kernel(named, compiler_params=parameters, **given)
+
+    def varying(*arguments: Any) -> Any:
+        # The outputs' type says of no mesh axis that they differ along it.
+        arrays = jax.tree.leaves(arguments)
+        return jax.tree.map(lambda x: vary_like(x, *arrays), run(*arguments))
+
+    return varying

@@ -26,7 +26,8 @@ def run(
     Args:
         kernel: its name, for messages.
         implementation: which one; None goes by the platform that the program is
-            compiled for, and takes "xla" where that platform's own cannot run.
+            compiled for, and takes "xla" where that platform's own cannot run (of GPUs,
+            `devices.hopper_candidate` tells them apart).
         candidates: "xla" among them. Not differentiated: call it inside of a custom
             gradient.
         arguments: pytrees of arrays.

@@ -11,11 +11,11 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas import dispatch
+from kernels_pallas.arrays import vary_like
 from kernels_pallas.block_sparse_attention import reference, tpu, xla
 from kernels_pallas.block_sparse_attention.inputs import Inputs, Options
 from kernels_pallas.block_sparse_attention.pattern import Mask, Pattern
 from kernels_pallas.flash_attention.checks import check_qkv, check_segments
-from kernels_pallas.flash_attention.inputs import vary_like
 from kernels_pallas.flash_attention.reference import MASKED
 
 CHECKPOINT_NAME = "block_sparse_attention"

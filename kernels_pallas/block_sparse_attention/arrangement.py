@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from kernels_pallas.flash_attention.inputs import pad_dim
+from kernels_pallas.arrays import pad_dim
 
 NOWHERE = 2**30
 """Position of padding after the last cell: nothing sees it."""

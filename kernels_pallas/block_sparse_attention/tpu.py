@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from kernels_pallas.arrays import vary_like
 from kernels_pallas.block_sparse_attention import tiling
 from kernels_pallas.block_sparse_attention.arrangement import Arrangement
 from kernels_pallas.block_sparse_attention.inputs import Inputs, Options
@@ -26,7 +27,6 @@ from kernels_pallas.block_sparse_attention.lists import Lists, lists
 from kernels_pallas.block_sparse_attention.tpu_grid import Grid, Scalars, block_specs
 from kernels_pallas.block_sparse_attention.tpu_rule import Masking
 from kernels_pallas.flash_attention import tpu_kernels
-from kernels_pallas.flash_attention.inputs import vary_like
 from kernels_pallas.flash_attention.tpu_kernels import LANES, Given
 
 

@@ -21,9 +21,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.arrays import pad_dim, vary_like
 from kernels_pallas.block_sparse_attention.inputs import Inputs, Options
 from kernels_pallas.block_sparse_attention.rows import Rows, cell_size, rows_by_length
-from kernels_pallas.flash_attention.inputs import pad_dim, vary_like
 from kernels_pallas.flash_attention.reference import MASKED
 
 ENTRIES = 2**24

@@ -10,7 +10,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas import dispatch
-from kernels_pallas.flash_attention import reference, tpu, xla
+from kernels_pallas.arrays import vary_like
+from kernels_pallas.devices import hopper_candidate
+from kernels_pallas.flash_attention import gpu, reference, tpu, xla
 from kernels_pallas.flash_attention.checks import (
     check_per_head,
     check_qkv,
@@ -18,14 +20,14 @@ from kernels_pallas.flash_attention.checks import (
     check_softcap,
     check_window,
 )
-from kernels_pallas.flash_attention.inputs import Inputs, Options, vary_like
+from kernels_pallas.flash_attention.inputs import Inputs, Options
 
 CHECKPOINT_NAME = "flash_attention"
 """Name of the output and its lse for `jax.checkpoint_policies`."""
 
 NAME = "flash_attention"
-OWN = {"tpu": tpu, "xla": xla}
-"""Implementations with a backward pass of their own; JAX differentiates `reference`."""
+EVERYWHERE = {"tpu": tpu, "xla": xla}
+"""Implementations that take every input; JAX differentiates `reference`."""
 
 
 def flash_attention(
@@ -65,13 +67,16 @@ def flash_attention(
         sinks: float32, a learned logit per head that takes part in the softmax and has
             no value (Xiao et al., 2024, "attention sinks"; as in gpt-oss), so that the
             weights of a query may sum to less than 1. Its gradient is computed.
-        implementation: "tpu" (Pallas), "xla" (plain JAX, blockwise) or "reference"
-            (plain JAX, whole scores); None takes "tpu" where the program is compiled
-            for a TPU and "xla" elsewhere.
+        implementation: "tpu" (Pallas), "gpu" (Pallas, Hopper GPUs, 16-bit inputs),
+            "xla" (plain JAX, blockwise) or "reference" (plain JAX, whole scores); None
+            takes "tpu" where the program is compiled for a TPU, "gpu" where it is known
+            to be for a Hopper GPU (`devices.device_kind`) and the inputs are those of
+            that kernel, and "xla" elsewhere.
 
     Raises:
         ValueError: shapes that do not fit, a window below 1, a softcap not above 0, an
-            unknown implementation.
+            unknown implementation, or one that cannot run and why ("gpu" differentiated
+            with heads of 256 too).
         TypeError: unsupported or differing dtypes.
     """
     out, _ = flash_attention_with_lse(
@@ -120,7 +125,6 @@ def flash_attention_with_lse(
     check_segments(q, segments)
     check_window(window)
     check_softcap(softcap)
-    _check_implementation(implementation)
     if isinstance(window, int) and window >= q.shape[1]:
         window = None
     if slopes is not None:
@@ -134,6 +138,7 @@ def flash_attention_with_lse(
     window = None if window is None else jnp.asarray(window, jnp.int32)
     inputs = Inputs(q, k, v, segments, window, slopes, sinks)
     check_per_head(inputs)
+    _check_implementation(implementation, inputs)
     inputs = _vary_alike(inputs)
     if implementation == "reference":
         return reference.attention(options, inputs)
@@ -154,9 +159,16 @@ def _attention(
     options: Options, implementation: str | None, inputs: Inputs
 ) -> tuple[Array, Array]:
     """Output and lse, by the chosen implementation."""
-    forward = {
-        name: functools.partial(module.forward, options) for name, module in OWN.items()
+    forward: dict[str, Any] = {
+        name: functools.partial(module.forward, options)
+        for name, module in EVERYWHERE.items()
     }
+    forward["gpu"] = hopper_candidate(
+        implementation,
+        inputs.q,
+        gpu.reason(inputs),
+        functools.partial(gpu.forward, options),
+    )
     return dispatch.run(NAME, implementation, forward, inputs)
 
 
@@ -180,10 +192,16 @@ def _attend_backward(
     product = d_out.astype(jnp.float32) * out.astype(jnp.float32)
     # dscore = weight * (dweight - delta): a row's dlse adds to every dscore of it.
     delta = product.sum(axis=-1).swapaxes(1, 2) - d_lse
-    backward = {
+    backward: dict[str, Any] = {
         name: functools.partial(module.backward, options)
-        for name, module in OWN.items()
+        for name, module in EVERYWHERE.items()
     }
+    backward["gpu"] = hopper_candidate(
+        implementation,
+        inputs.q,
+        gpu.backward_reason(inputs),
+        functools.partial(gpu.backward, options),
+    )
     arguments = (inputs, lse, delta, d_out)
     dq, dk, dv = dispatch.run(NAME, implementation, backward, *arguments)
     d_sinks = None
@@ -198,9 +216,10 @@ _attend = jax.custom_vjp(_attention, nondiff_argnums=(0, 1))
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _check_implementation(implementation: str | None) -> None:
-    candidates = {
+def _check_implementation(implementation: str | None, inputs: Inputs) -> None:
+    candidates: dict[str, Any] = {
         "tpu": tpu.forward,
+        "gpu": gpu.reason(inputs) or gpu.forward,
         "xla": xla.forward,
         "reference": reference.attention,
     }

@@ -17,8 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from kernels_pallas.arrays import pad_dim
 from kernels_pallas.flash_attention import tpu_kernels
-from kernels_pallas.flash_attention.inputs import Inputs, Options, pad_dim
+from kernels_pallas.flash_attention.inputs import Inputs, Options
 from kernels_pallas.flash_attention.schedule import Blocks, Schedule
 from kernels_pallas.flash_attention.tpu_grid import Grid
 from kernels_pallas.flash_attention.tpu_kernels import LANES, Given

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from kernels_pallas.flash_attention.inputs import Inputs, Options, pad_dim, vary_like
+from kernels_pallas.arrays import pad_dim, vary_like
+from kernels_pallas.flash_attention.inputs import Inputs, Options
 from kernels_pallas.flash_attention.reference import MASKED
 from kernels_pallas.flash_attention.schedule import Blocks
 

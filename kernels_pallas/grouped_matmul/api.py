@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas import dispatch
-from kernels_pallas.flash_attention.inputs import vary_like
+from kernels_pallas.arrays import vary_like
 from kernels_pallas.grouped_matmul import reference, tpu, weights, xla
 from kernels_pallas.grouped_matmul.weights import Stored
 from kernels_pallas.quant_matmul import QuantizedTensor

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.flash_attention.inputs import pad_dim
+from kernels_pallas.arrays import pad_dim
 from kernels_pallas.grouped_matmul import plan, schedule
 from kernels_pallas.grouped_matmul.plan import Sizes, Tiles
 from kernels_pallas.grouped_matmul.weights import Weights

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.flash_attention.inputs import pad_dim, vary_like
+from kernels_pallas.arrays import pad_dim, vary_like
 from kernels_pallas.grouped_matmul import schedule
 from kernels_pallas.grouped_matmul.weights import Weights
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas import dispatch
-from kernels_pallas.flash_attention.inputs import vary_like
+from kernels_pallas.arrays import vary_like
 from kernels_pallas.paged_attention import reference, tpu, tpu_pages, xla
 from kernels_pallas.paged_attention.inputs import Inputs, Options
 

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from kernels_pallas.flash_attention.inputs import pad_dim, vary_like
+from kernels_pallas.arrays import pad_dim, vary_like
 from kernels_pallas.paged_attention.inputs import Inputs, quantized
 from kernels_pallas.paged_attention.plan import Blocks
 

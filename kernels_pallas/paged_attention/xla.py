@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from kernels_pallas.flash_attention.inputs import pad_dim, vary_like
+from kernels_pallas.arrays import pad_dim, vary_like
 from kernels_pallas.grouped_matmul import schedule
 from kernels_pallas.paged_attention import plan
 from kernels_pallas.paged_attention.inputs import Inputs, Options

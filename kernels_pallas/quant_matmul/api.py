@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas import dispatch
-from kernels_pallas.flash_attention.inputs import vary_like
+from kernels_pallas.arrays import vary_like
 from kernels_pallas.quant_matmul import reference, tpu, xla
 from kernels_pallas.quant_matmul.tensor import QuantizedTensor, dequantize
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 
-import jax
 from jaxtyping import Array
+
+from kernels_pallas.devices import device_kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,17 +51,5 @@ UNKNOWN = dataclasses.replace(V5E, bandwidth=1640e9, has_e4m3fn=True)
 
 
 def chip_of(x: Array) -> Chip:
-    """The chip that a program of `x` is compiled for, as far as it can be known.
-
-    That of the mesh around, or of the mesh that `x` is placed on, or of the default
-    backend; a program that is compiled for a TPU that is not there, without a mesh, is
-    for an unknown one.
-    """
-    placed = getattr(jax.typeof(x).sharding, "mesh", None)
-    for mesh in (jax.sharding.get_abstract_mesh(), placed):
-        device = getattr(mesh, "abstract_device", None)
-        if device is not None:
-            return KINDS.get(device.device_kind, UNKNOWN)
-    if jax.default_backend() == "tpu":
-        return KINDS.get(jax.devices()[0].device_kind, UNKNOWN)
-    return UNKNOWN
+    """The chip that a program of `x` is compiled for, as far as it can be known."""
+    return KINDS.get(device_kind(x), UNKNOWN)

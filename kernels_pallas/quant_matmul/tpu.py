@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.flash_attention.inputs import pad_dim, vary_like
+from kernels_pallas.arrays import pad_dim, vary_like
 from kernels_pallas.quant_matmul import planner
 from kernels_pallas.quant_matmul.activations import Rows
 from kernels_pallas.quant_matmul.chips import Chip, chip_of

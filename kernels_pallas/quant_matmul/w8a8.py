@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas import dispatch
-from kernels_pallas.flash_attention.inputs import pad_dim, vary_like
+from kernels_pallas.arrays import pad_dim, vary_like
 from kernels_pallas.quant_matmul import api, tpu, xla
 from kernels_pallas.quant_matmul.activations import KINDS, Rows, kind_for, quantize_rows
 from kernels_pallas.quant_matmul.numbers import Integer

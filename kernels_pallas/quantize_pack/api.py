@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from kernels_pallas import dispatch
-from kernels_pallas.flash_attention.inputs import vary_like
+from kernels_pallas.arrays import vary_like
 from kernels_pallas.quantize_pack import reference, tpu, xla
 from kernels_pallas.quantize_pack.format import BLOCK, FORMATS, Format
 from kernels_pallas.quantize_pack.view import View

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from kernels_pallas.flash_attention.inputs import pad_dim
+from kernels_pallas.arrays import pad_dim
 from kernels_pallas.quantize_pack.format import BLOCK, TINY
 from kernels_pallas.quantize_pack.xla import uniform
 

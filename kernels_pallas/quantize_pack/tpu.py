@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, UInt8
 
-from kernels_pallas.flash_attention.inputs import vary_like
+from kernels_pallas.arrays import vary_like
 from kernels_pallas.quantize_pack.format import (
     BLOCK,
     Format,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, UInt8
 
-from kernels_pallas.flash_attention.inputs import pad_dim
+from kernels_pallas.arrays import pad_dim
 from kernels_pallas.quantize_pack.format import (
     BLOCK,
     Format,

@@ -370,7 +370,7 @@ def test_refuses_arrays_that_do_not_fit(given, error, message):
         (dict(softcap=0.0), ValueError, "softcap=0.0; give the bound"),
         (dict(window=0), ValueError, "window=0; give at least 1"),
         (dict(window=shape(1, dtype=jnp.int32)), ValueError, "an int32 scalar"),
-        (dict(implementation="cuda"), ValueError, "'tpu', 'xla', 'reference'"),
+        (dict(implementation="cuda"), ValueError, "'tpu', 'gpu', 'xla'"),
     ],
 )
 def test_refuses_options_that_do_not_fit(given, error, message):

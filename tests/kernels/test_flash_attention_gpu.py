@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas.flash_attention import gpu, gpu_matmul, reference
+from kernels_pallas.flash_attention import flash_attention, gpu, gpu_matmul, reference
 from kernels_pallas.flash_attention.gpu_blocks import Sight
 from kernels_pallas.flash_attention.inputs import Inputs, Options
 
@@ -172,6 +172,59 @@ def test_lowers_under_vmap_and_shard_map():
         out_specs=(heads, P("data", "tensor")),
     )
     assert lowered(sharded, q, k, v).count("@mosaic_gpu") == 1
+
+
+def gradient(implementation):
+    """Of the public function, by q, k and v."""
+    attend = functools.partial(flash_attention, implementation=implementation)
+
+    def total(*qkv):
+        return attend(*qkv).astype(jnp.float32).sum()
+
+    return jax.grad(total, argnums=(0, 1, 2))
+
+
+def kernels(kind, function, q):
+    """How many there are in a program for CUDA devices of this kind, or of any."""
+    if kind is None:
+        return lowered(function, q, q, q).count("@mosaic_gpu")
+    device = AbstractDevice(device_kind=kind, num_cores=132, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        return lowered(function, q, q, q).count("@mosaic_gpu")
+
+
+Q = jax.ShapeDtypeStruct((1, 200, 2, 64), jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "kind, count",
+    [
+        ("NVIDIA H100 80GB HBM3", 3),
+        ("NVIDIA GH200 480GB", 3),
+        ("NVIDIA A100-SXM4-80GB", 0),
+        ("NVIDIA B200", 0),
+        (None, 0),
+    ],
+)
+def test_only_hopper_gpus_get_the_kernels_unasked(kind, count):
+    assert kernels(kind, gradient(None), Q) == count
+
+
+def test_who_asks_gets_the_kernels_for_any_gpu():
+    assert kernels(None, gradient("gpu"), Q) == 3
+    assert kernels("NVIDIA B200", gradient("gpu"), Q) == 3
+
+
+def test_what_the_kernels_cannot_is_left_to_xla_unless_asked_for():
+    narrow, wide = (
+        jax.ShapeDtypeStruct((1, 200, 2, size), jnp.bfloat16) for size in (80, 256)
+    )
+    assert kernels("NVIDIA H200", gradient(None), narrow) == 0
+    with pytest.raises(ValueError, match=r"cannot run here: the head dim.*80"):
+        kernels(None, gradient("gpu"), narrow)
+    assert kernels("NVIDIA H200", gradient(None), wide) == 1
+    with pytest.raises(ValueError, match="registers"):
+        kernels(None, gradient("gpu"), wide)
 
 
 def test_what_cannot_run_says_why():
