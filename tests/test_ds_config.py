@@ -11,6 +11,7 @@ from jaxspeed.ds_config.optimizer import DEFAULTS, NOT_BUILT
 from jaxspeed.ds_config.schedule import SCHEDULERS
 from jaxspeed.ds_config.verdicts import AUTO, FEATURES, IGNORED, KNOWN, SETS
 from jaxspeed.mesh import MeshShape
+from jaxspeed.models import SparseConfig
 from jaxspeed.optim import (
     LossScale,
     OneCycle,
@@ -199,7 +200,9 @@ def test_bing_bert():
         schedule=Schedule(kind="constant"),
     )
     assert verdicts(BING_BERT)["prescale_gradients"] == "no-op"
-    assert verdict_of(BING_BERT, "sparse_attention").verdict == "honoured"
+    assert verdict_of(BING_BERT, "sparse_attention.mode").verdict == "honoured"
+    assert verdicts(BING_BERT)["sparse_attention.block"] == "no-op"
+    assert config.model == Config().model
 
 
 def test_hugging_face_stage_3():
@@ -354,7 +357,6 @@ FEATURES_ON = {
     "tensor_parallel.partition_config": {"layer_specs": []},
     "tensor_parallel.tp": {"tp_size": 2},
     "pipeline.stages": 4,
-    "sparse_attention": {"block": 16},
     "compression_training": {
         "weight_quantization": {"shared_parameters": {"enabled": True}}
     },
@@ -380,6 +382,62 @@ def test_feature_on_is_refused_and_off_is_honoured(key):
             value = {}
         off = value if switch is None or not value else {switch: value}
         assert verdict_of(nested(key, off), key).verdict == "honoured"
+
+
+DOCUMENTED = {
+    "mode": "fixed",
+    "block": 16,
+    "different_layout_per_head": True,
+    "num_local_blocks": 4,
+    "num_global_blocks": 1,
+    "attention": "bidirectional",
+    "horizontal_global_attention": False,
+    "num_different_global_patterns": 4,
+    "num_random_blocks": 0,
+    "local_window_blocks": [4],
+    "global_block_indices": [0],
+    "global_block_end_indices": None,
+    "num_sliding_window_blocks": 3,
+}
+"""The block in DeepSpeed's documentation, with a key for every mode."""
+
+
+def sparse_of(**changes):
+    return config_of(sparse_attention=DOCUMENTED | changes).model.attention.sparse
+
+
+def test_sparse_attention_becomes_a_layout():
+    assert sparse_of() == SparseConfig(
+        "fixed",
+        different_layout_per_head=True,
+        attention="bidirectional",
+        num_local_blocks=4,
+        num_global_blocks=1,
+        horizontal_global_attention=False,
+        num_different_global_patterns=4,
+    )
+    seen = verdicts({"sparse_attention": DOCUMENTED})
+    assert seen["sparse_attention.num_local_blocks"] == "honoured"
+    assert seen["sparse_attention.local_window_blocks"] == "no-op"
+    for mode in ("variable", "bigbird", "bslongformer", "local_sliding_window"):
+        found = sparse_of(mode=mode, num_different_global_patterns=1)
+        assert mode.startswith(found.mode)
+    assert sparse_of(mode="variable").local_window_blocks == (4,)
+
+
+def test_sparse_attention_without_a_mode_or_random_blocks():
+    assert config_of(sparse_attention={"block": 32}).model.attention.sparse == (
+        SparseConfig("fixed", block=32)
+    )
+    found = config_of(sparse_attention={"mode": "bigbird", "attention": "x"})
+    assert found.model.attention.sparse == SparseConfig("bigbird", num_random_blocks=0)
+    assert verdict_of({"sparse_attention": {}}, "sparse_attention").verdict == "refused"
+    with pytest.raises(
+        ValueError, match=r"sparse_attention.mode is 'strided'; it must"
+    ):
+        config_of(sparse_attention={"mode": "strided"})
+    with pytest.raises(ValueError, match=r"attention.sparse: num_global_blocks=3 shou"):
+        config_of(sparse_attention={"num_global_blocks": 3})
 
 
 def test_compression_is_off_unless_a_technique_is_enabled():

@@ -20,6 +20,7 @@ from jaxspeed.ds_config.sections import (
     translate_precision,
     translate_zero,
 )
+from jaxspeed.ds_config.sparse_attention import translate_sparse_attention
 from jaxspeed.ds_config.verdicts import (
     FEATURES,
     IGNORED,
@@ -60,6 +61,7 @@ def translate(source: Source, num_data_shards: int | None = None) -> Translation
     translate_optimizer(given, out)
     translate_scheduler(given, out)
     translate_parallelism(given, num_data_shards, out)
+    translate_sparse_attention(given, out)
     judged = {verdict.key for verdict in out.verdicts}
     for key, value in given.items():
         if value is None and key not in judged and key not in KEYS:

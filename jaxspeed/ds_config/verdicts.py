@@ -154,7 +154,7 @@ def _is_on(key: str, value: Any) -> bool:
             raise unknown_key(join(key, name), feature["keys"])
     if switch == "any enabled":
         return _any_enabled(value)
-    return value.get(switch, feature.get("absent")) not in off
+    return value.get(switch) not in off
 
 
 def _any_enabled(value: Any) -> bool:

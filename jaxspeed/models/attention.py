@@ -15,6 +15,9 @@ from kernels_pallas.flash_attention import flash_attention
 BLOCKWISE_FROM = 1024
 """Sequence length from which whole scores cost more memory than they are worth."""
 
+FULL_WINDOW = 2**30
+"""A window longer than any sequence, for layers that see everything."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -57,17 +60,34 @@ def dense_attention(
         window: how far back a query sees; None: to the start of its document.
         slopes: ALiBi's penalty per head and unit of distance, or None.
     """
+    bias = None
+    if slopes is not None:
+        distance = queries.positions[:, None, :, None] - keys.positions[:, None, None]
+        bias = -slopes[None, :, None, None] * distance.astype(jnp.float32)
+    return masked_attention(q, k, v, visible(queries, keys, window)[:, None], bias)
+
+
+def masked_attention(
+    q: Float[Array, "B S H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G K"],
+    mask: Bool[Array, "B #H S T"],
+    bias: Float[Array, "B H S T"] | None = None,
+) -> Float[Array, "B S H K"]:
+    """Softmax attention with whole scores in float32, over keys that the mask allows.
+
+    A query that sees no key at all gets the mean of the values.
+    """
     batch, length, heads, head_dim = q.shape
     groups = k.shape[2]
     q = q.reshape(batch, length, groups, heads // groups, head_dim)
     scores = jnp.einsum("bsghk,btgk->bghst", q, k, preferred_element_type=jnp.float32)
     scores = scores * head_dim**-0.5
-    if slopes is not None:
-        distance = queries.positions[:, None, :, None] - keys.positions[:, None, None]
-        bias = -slopes[None, :, None, None] * distance.astype(jnp.float32)
-        scores = scores + bias.reshape(batch, groups, heads // groups, length, -1)
-    mask = visible(queries, keys, window)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    if bias is not None:
+        scores = scores + bias.reshape(scores.shape)
+    shape = scores.shape[:3] if mask.shape[1] > 1 else (batch, 1, 1)
+    mask = mask.reshape(*shape, *mask.shape[2:])
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("bghst,btgk->bsghk", weights, v)
     return out.reshape(batch, length, heads, head_dim)

@@ -28,8 +28,8 @@ def model_flops(config: DecoderConfig, tokens: int, sequence_length: int) -> flo
     parameters, each used in one multiply-add forward and two backward; H heads of size
     K make scores and weighted values, again thrice (PaLM, appendix B: 6 N + 12 L H K S
     per token). A token sees S / 2 keys on average, since attention is causal, and with
-    a window of W < S tokens W - W² / 2S. Documents packed into one sequence see less;
-    that is not taken off.
+    a window of W < S tokens W - W² / 2S, with a sparse layout those of the blocks it
+    lists. Documents packed into one sequence see less; that is not taken off.
 
     Args:
         config: the model.
@@ -38,20 +38,19 @@ def model_flops(config: DecoderConfig, tokens: int, sequence_length: int) -> flo
     """
     attention = config.attention
     keys = sum(
-        _visible_keys(sequence_length, _window(config, layer))
+        _visible_keys(config, layer, sequence_length)
         for layer in range(config.num_layers)
     )
     scores = 12 * attention.heads * attention.head_dim * keys
     return float(tokens * (6 * matmul_parameters(config) + scores))
 
 
-def _window(config: DecoderConfig, layer: int) -> int | None:
-    attention = config.attention
-    layers = attention.window_layers
-    return attention.window if layers is None or layer in layers else None
-
-
-def _visible_keys(sequence_length: int, window: int | None) -> float:
+def _visible_keys(config: DecoderConfig, layer: int, sequence_length: int) -> float:
     """Keys that a token sees on average over the sequence."""
-    seen = sequence_length if window is None else min(window, sequence_length)
+    attention, sparse = config.attention, config.attention.sparse
+    if sparse.mode != "dense" and (sparse.layers is None or layer in sparse.layers):
+        return sparse.visible_keys(attention.heads, sequence_length)
+    layers, seen = attention.window_layers, sequence_length
+    if attention.window is not None and (layers is None or layer in layers):
+        seen = min(attention.window, sequence_length)
     return seen - seen**2 / (2 * sequence_length)

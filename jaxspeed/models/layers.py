@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxspeed.models.sparse_attention import SparseConfig
 from jaxspeed.parallel import tensor
 
 INIT_SCALE = 0.02
@@ -78,6 +79,7 @@ class AttentionConfig:
         qk_norm: RMS norm over the head dim of queries and keys (Qwen3).
         window: a token attends to itself and the `window - 1` before it; None to all.
         window_layers: the layers that have the window; None means all of them.
+        sparse: a layout of blocks in place of a window.
     """
 
     heads: int = 8
@@ -88,6 +90,7 @@ class AttentionConfig:
     qk_norm: bool = False
     window: int | None = None
     window_layers: tuple[int, ...] | None = None
+    sparse: SparseConfig = SparseConfig()
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -97,6 +100,12 @@ class AttentionConfig:
             )
         if self.window is not None and self.window < 1:
             raise ValueError(f"attention.window={self.window}; give at least 1 or None")
+        if self.window is not None and self.sparse.mode != "dense":
+            raise ValueError(
+                f"attention.window={self.window} and attention.sparse.mode="
+                f"{self.sparse.mode!r} are both given; keep one (mode 'local' is a "
+                "window of blocks)"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

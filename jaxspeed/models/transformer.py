@@ -21,16 +21,14 @@ from jaxtyping import Array, Float, Int
 from jaxspeed import comm
 from jaxspeed.mesh import AXES
 from jaxspeed.models import layers as L
-from jaxspeed.models.attention import Places, attention
+from jaxspeed.models.attention import FULL_WINDOW, Places, attention
 from jaxspeed.models.next_token import next_token_losses
 from jaxspeed.models.remat import policy_named
+from jaxspeed.models.sparse_attention import SparseAttention, SparseConfig, windows
 from jaxspeed.parallel import tensor
 from jaxspeed.parallel.data import Loss
 from jaxspeed.parallel.prefetch import scan_layers
 from jaxspeed.parallel.zero import gather
-
-FULL_WINDOW = 2**30
-"""A window longer than any sequence, for layers that see everything."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +60,21 @@ class DecoderConfig:
         for field in ("vocab_size", "dim", "num_layers", "vocab_multiple"):
             if getattr(self, field) < 1:
                 raise ValueError(f"model.{field} is {getattr(self, field)}; at least 1")
+        self._check_sparse(self.attention.sparse)
+
+    def _check_sparse(self, sparse: SparseConfig) -> None:
+        if sparse.mode != "dense" and self.position.kind == "alibi":
+            raise ValueError(
+                f"attention.sparse.mode={sparse.mode!r} does not go with "
+                "position.kind='alibi'; choose mode 'dense', or 'rope' or 'learned' "
+                "positions"
+            )
+        layers = sparse.layers or ()
+        if any(not 0 <= layer < self.num_layers for layer in layers):
+            raise ValueError(
+                f"attention.sparse.layers is {layers}; the model has layers 0 to "
+                f"{self.num_layers - 1}"
+            )
 
     @property
     def padded_vocab(self) -> int:
@@ -167,13 +180,21 @@ class Head(nnx.Module):
         return jnp.where(columns < self.vocab_size, logits, lowest)
 
 
+def attention_of(config: L.AttentionConfig) -> Callable[..., Array]:
+    """The attention function of a configuration."""
+    if config.sparse.mode == "dense":
+        return attention
+    return SparseAttention(config.sparse, config.heads)
+
+
 class Decoder(nnx.Module):
     """A causal decoder.
 
     Args:
         config: the architecture.
         rngs: flax random streams; "params" is used.
-        attention: an attention function as in `models.attention`.
+        attention: an attention function as in `models.attention`; by default the one
+            that the configuration asks for.
         remat_policy: which activations layers keep, a name in `models.remat`.
     """
 
@@ -185,11 +206,11 @@ class Decoder(nnx.Module):
         config: DecoderConfig,
         *,
         rngs: Any,
-        attention: Callable[..., Array] = attention,
+        attention: Callable[..., Array] | None = None,
         remat_policy: str = "full",
     ) -> None:
         self.config = config
-        self.attend = attention
+        self.attend = attention_of(config.attention) if attention is None else attention
         self.remat_policy = remat_policy
         self.embedding = Embedding(config, rngs=rngs)
         keys = jax.random.split(rngs.params(), config.num_layers)
@@ -330,7 +351,8 @@ class Decoder(nnx.Module):
     def _windows(self) -> Int[Array, " L"] | None:
         attention = self.config.attention
         if attention.window is None:
-            return None
+            listed = windows(attention.sparse, self.config.num_layers)
+            return None if listed is None else jnp.asarray(listed)
         windowed = attention.window_layers
         return jnp.asarray(
             [

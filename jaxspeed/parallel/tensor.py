@@ -147,6 +147,11 @@ def local_heads(per_head: Float[Array, " H"]) -> Float[Array, " h"]:
     return comm.shard(per_head, AXIS, dim=0)
 
 
+def first_head(num_heads: int) -> Array | int:
+    """The number, among all, of the first of this device's `num_heads` query heads."""
+    return comm.axis_index(AXIS) * num_heads
+
+
 def num_local_kv_heads(num_kv_heads: int, num_heads: int) -> int:
     """How many key and value heads each device attends with."""
     size = comm.axis_size(AXIS)

@@ -82,7 +82,8 @@ class Activations:
     @property
     def blockwise(self) -> bool:
         """Attention never has whole scores."""
-        return self.length >= BLOCKWISE_FROM
+        sparse = self.model.attention.sparse.mode != "dense"
+        return sparse or self.length >= BLOCKWISE_FROM
 
     def stream(self) -> int:
         """The residual stream: [B, s, D]."""

@@ -21,7 +21,7 @@ from jaxspeed.chips import chip_of
 from jaxspeed.config import Config, from_json, to_json
 from jaxspeed.data import Batch, Batches, Tokenizer, train_batches
 from jaxspeed.mesh import make_mesh
-from jaxspeed.models import Decoder, load_params, read_config
+from jaxspeed.models import Decoder, DecoderConfig, load_params, read_config
 from jaxspeed.models.flops import model_flops
 from jaxspeed.train.engine import Engine, initialize
 from jaxspeed.train.evaluate import HeldOut, evaluate
@@ -95,7 +95,8 @@ def train(
         config: the run. `checkpoint.directory` is `workdir/checkpoints` if not set.
         workdir: created if missing.
         say: prints a line for the user.
-        pretrained: a Hugging Face folder to start from; it sets `config.model`.
+        pretrained: a Hugging Face folder to start from; it sets `config.model` but for
+            the layout of sparse attention.
         observer: told about every step of this run.
 
     Raises:
@@ -105,7 +106,9 @@ def train(
     folder = pathlib.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     if pretrained is not None:
-        config = dataclasses.replace(config, model=read_config(pretrained))
+        config = dataclasses.replace(
+            config, model=_pretrained_model(config, pretrained)
+        )
     as_given = config
     if config.checkpoint.directory is None:
         place = dataclasses.replace(
@@ -142,6 +145,13 @@ def train(
 def make_decoder(config: Config, rngs: nnx.Rngs) -> Decoder:
     """The model of a run."""
     return Decoder(config.model, rngs=rngs, remat_policy=config.remat)
+
+
+def _pretrained_model(config: Config, pretrained: str) -> DecoderConfig:
+    """The folder's architecture with the run's own layout of sparse attention."""
+    model, sparse = read_config(pretrained), config.model.attention.sparse
+    attention = dataclasses.replace(model.attention, sparse=sparse)
+    return dataclasses.replace(model, attention=attention)
 
 
 def _check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:

@@ -16,6 +16,7 @@ from jaxspeed.models.layers import (
     NormConfig,
     PositionConfig,
 )
+from jaxspeed.models.sparse_attention import SparseConfig
 from jaxspeed.models.transformer import Decoder, DecoderConfig
 from jaxspeed.serve import Sampling, complete, generate
 
@@ -39,6 +40,7 @@ def config(attention=None, **options):
 CONFIGS = {
     "rope": config({"qk_norm": True}),
     "window": config({"window": 3, "window_layers": (1,)}),
+    "sparse": config({"sparse": SparseConfig("local", block=4)}),
     "alibi": config(position=PositionConfig("alibi"), embedding_norm=True, tied=True),
     "learned": config(
         {"qkv_bias": True},
