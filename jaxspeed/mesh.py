@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from jaxspeed.chips import chip_of
 from jaxspeed.torus import torus_order
 
 AXES = ("pipe", "replica", "data", "expert", "seq", "tensor")
@@ -91,10 +91,11 @@ def make_mesh(
     resolved = shape.resolve(len(devices))
     axis_sizes = tuple(getattr(resolved, axis) for axis in AXES)
     axis_types = (AxisType.Auto,) * len(AXES)
-    order = torus_order(devices) if max(axis_sizes) == len(devices) else None
-    if order is not None:
-        grid = np.array(order).reshape(axis_sizes)
-    else:
+    chip = chip_of(devices[0])
+    grid = None
+    if chip is not None and chip.torus_dims:
+        grid = torus_order(devices, axis_sizes, chip)
+    if grid is None:
         # An axis may be a part of a side of the torus: two of the four in v5p:4x4x4.
         grid = mesh_utils.create_device_mesh(
             axis_sizes, devices, allow_split_physical_axes=True

@@ -14,7 +14,8 @@ within its ring:
                     ring and takes up each device's part
 
 Both send (n-1)/n of the whole array, the least possible (Thakur et al., 2005). Arrays
-that travel together share their messages, so that a layer costs few of them.
+that travel together share their messages, so that a layer costs few of them; sums go
+one way around a ring, so messages are shared out evenly over both ways.
 """
 
 import dataclasses
@@ -29,6 +30,13 @@ Axes = tuple[str, ...]
 
 LARGEST_GROUP = 16
 """Up to here the TPU compilers keep an `all_gather` (seen on v5e, v5p, v6e, tpu7x)."""
+
+
+HEAVY = 0.6
+"""A message with more than this part of all bytes is cut in two."""
+
+LANES = 128
+"""Columns of a tile of a TPU: halves of an array are whole tiles."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,17 +131,12 @@ class _Bundle:
         return arrays
 
 
-def _bundles(shapes: list[tuple[int, ...]], dtypes: list[Any]) -> list[list[int]]:
-    """Which arrays travel together: those of one dtype and last dim."""
-    together: dict[tuple[Any, int], list[int]] = {}
-    for number, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
-        together.setdefault((dtype, shape[-1]), []).append(number)
+def _bundles(arrays: list[Array], *kinds: list[int]) -> list[list[int]]:
+    """Which arrays travel together: those of one dtype and alike in all `kinds`."""
+    together: dict[tuple[Any, ...], list[int]] = {}
+    for number, (x, *kind) in enumerate(zip(arrays, *kinds, strict=True)):
+        together.setdefault((x.dtype, *kind), []).append(number)
     return list(together.values())
-
-
-def _part(x: Array, dim: int, parts: int) -> tuple[int, ...]:
-    """Shape of one of `parts` equal parts of `x`."""
-    return (*x.shape[:dim], x.shape[dim] // parts, *x.shape[dim + 1 :])
 
 
 def all_gather(
@@ -155,7 +158,9 @@ def all_gather(
     """
     size = math.prod(ring.size for ring in rings)
     for ring in rings if shifts_only else rings[:-1]:
-        arrays = _in_bundles(_gather_by_shifts, arrays, axes, size, ring, dims)
+        arrays = _in_bundles(
+            _gather_by_shifts, arrays, axes, size, ring, dims, [0] * len(arrays)
+        )
     if shifts_only:
         return arrays
     groups = rings[-1].groups(size)
@@ -171,25 +176,72 @@ def reduce_scatter(
 ) -> list[Array]:
     """Sums each array over `axes`, made up of `rings`; leaves each device its shard."""
     size = math.prod(ring.size for ring in rings)
+    two_ways = any(ring.size > 2 for ring in rings)
+    halved = _heaviest(arrays, dims) if two_ways else set()
+    pieces, of, half = [], [], []
+    for number, x in enumerate(arrays):
+        parts = jnp.split(x, 2, axis=-1) if number in halved else [x]
+        pieces += parts
+        of += [number] * len(parts)
+        half += range(len(parts))
+    at = [dims[number] for number in of]
     for ring in reversed(rings):
-        arrays = _in_bundles(_scatter_by_shifts, arrays, axes, size, ring, dims)
-    return arrays
+        pieces = _in_bundles(_scatter_by_shifts, pieces, axes, size, ring, at, half)
+    shards: list[list[Array]] = [[] for _ in arrays]
+    for number, piece in zip(of, pieces, strict=True):
+        shards[number].append(piece)
+    return [x[0] if len(x) == 1 else jnp.concatenate(x, axis=-1) for x in shards]
+
+
+def _heaviest(arrays: list[Array], dims: list[int]) -> set[int]:
+    """Those arrays that go half one way around and half the other.
+
+    They are the ones of a message that clearly outweighs all others together.
+    """
+    together = _bundles(arrays, [x.shape[-1] for x in arrays])
+    weights = [sum(arrays[i].nbytes for i in members) for members in together]
+    if max(weights) <= HEAVY * sum(weights):
+        return set()
+    return {
+        i
+        for i in together[weights.index(max(weights))]
+        if dims[i] < arrays[i].ndim - 1 and arrays[i].shape[-1] % (2 * LANES) == 0
+    }
 
 
 def _in_bundles(
-    stage: Any, arrays: list[Array], axes: Axes, size: int, ring: Ring, dims: list[int]
+    stage: Any,
+    arrays: list[Array],
+    axes: Axes,
+    size: int,
+    ring: Ring,
+    dims: list[int],
+    apart: list[int],
 ) -> list[Array]:
     """One stage for all arrays; those whose messages look alike travel together."""
     parts = ring.size if stage is _scatter_by_shifts else 1
-    shapes = [_part(x, dim, parts) for x, dim in zip(arrays, dims, strict=True)]
+    columns = [
+        x.shape[-1] // (parts if dim == x.ndim - 1 else 1)
+        for x, dim in zip(arrays, dims, strict=True)
+    ]
     done: dict[int, Array] = {}
-    direction = 1  # bundles take turns, so that both directions of the links are used
-    for members in _bundles(shapes, [x.dtype for x in arrays]):
+    for members, direction in _directions(arrays, _bundles(arrays, columns, apart)):
         chosen, at = [arrays[i] for i in members], [dims[i] for i in members]
         results = stage(chosen, axes, size, ring, at, direction)
         done |= dict(zip(members, results, strict=True))
-        direction = -direction
     return [done[number] for number in range(len(arrays))]
+
+
+def _directions(
+    arrays: list[Array], together: list[list[int]]
+) -> list[tuple[list[int], int]]:
+    """The way around its ring for each message, heavy ones against each other."""
+    weights = [sum(arrays[i].nbytes for i in members) for members in together]
+    loads, ways = {1: 0, -1: 0}, {}
+    for number in sorted(range(len(together)), key=lambda each: -weights[each]):
+        ways[number] = min(loads, key=lambda way: loads[way])
+        loads[ways[number]] += weights[number]
+    return [(members, ways[number]) for number, members in enumerate(together)]
 
 
 def _gather_by_shifts(

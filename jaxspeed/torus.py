@@ -1,28 +1,83 @@
-"""The order of TPU devices on a mesh axis, such that its rings lie along the torus.
+"""Which TPU device stands where in a mesh, such that its rings lie along the torus.
 
-`rings.factor` makes an axis of n devices of one ring if they are few, else of a ring
-per dim of the torus, the largest fastest. A ring costs least where neighbours in it are
-neighbours on the torus; `jax.make_mesh` numbers devices row by row, whatever is done
-with them.
+Every mesh axis gets a box of the torus: a part of each of its sides. `rings.factor`
+makes an axis of n devices of one ring if they are few, else of a ring per dim of the
+torus, the largest fastest. A ring costs least where neighbours in it are neighbours on
+the torus, so of all ways to cut the torus into boxes the one with the fewest links
+between neighbours is taken. `jax.make_mesh` numbers devices row by row.
 """
 
+import dataclasses
+import functools
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxspeed.rings import LARGEST_GROUP
+from jaxspeed.chips import Chip
+from jaxspeed.rings import LARGEST_GROUP, factor
 
 Place = tuple[int, ...]
 
 
-def torus_order(devices: Sequence[Any]) -> list[Any] | None:
-    """Devices in the order of an axis that has all of them; None if unknown which.
+@dataclasses.dataclass(frozen=True)
+class Torus:
+    """A box of TPU chips.
+
+    Attributes:
+        sides: chips along each dim.
+        per_chip: devices of one chip.
+        closed: which sides are joined at their ends.
+        dims: of the generation's tori.
+    """
+
+    sides: Place
+    per_chip: int
+    closed: tuple[bool, ...]
+    dims: int
+
+    def links(self, sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Links between chips; the last dim of both arrays is their place."""
+        apart = np.abs(sources - targets)
+        sides = np.array(self.sides)
+        around = np.where(self.closed, np.minimum(apart, sides - apart), apart)
+        return around.sum(axis=-1)
+
+
+def torus_order(
+    devices: Sequence[Any], sizes: Sequence[int], chip: Chip
+) -> np.ndarray | None:
+    """Devices as an array of shape `sizes`; None if it is not known how.
 
     Args:
         devices: with `coords`, all of a box of TPU chips.
+        sizes: of the mesh axes, the first varying slowest.
+        chip: what the devices are.
     """
+    found = _torus(devices, chip)
+    if found is None:
+        return None
+    torus, on_chip = found
+    best = min(
+        _arrangements(torus, sizes),
+        key=lambda places: _cost(torus, places[..., :-1], sizes),
+        default=None,
+    )
+    if best is None:
+        return None
+    grid = np.empty(tuple(sizes), dtype=object)
+    for index in np.ndindex(*sizes):
+        *place, core = best[index].tolist()
+        grid[index] = on_chip[tuple(place)][core]
+    return grid
+
+
+def _torus(
+    devices: Sequence[Any], chip: Chip
+) -> tuple[Torus, dict[Place, list[Any]]] | None:
+    """The box that the devices fill, and those of each chip; None if they do not."""
     places = np.array([getattr(device, "coords", ()) for device in devices])
     if not places.size or places.min():
         return None
@@ -31,14 +86,75 @@ def torus_order(devices: Sequence[Any]) -> list[Any] | None:
     for device, place in zip(devices, places.tolist(), strict=True):
         on_chip.setdefault(tuple(place), []).append(device)
     per_chip = len(devices) // math.prod(sides)
-    if any(len(chip) != per_chip for chip in on_chip.values()) or len(devices) < 4:
+    if any(len(cores) != per_chip for cores in on_chip.values()):
         return None
     if len(on_chip) != math.prod(sides):
         return None
-    if len(devices) <= LARGEST_GROUP:
-        cycle = _cycle(sides)
-        return cycle and [device for place in cycle for device in on_chip[place]]
-    return [on_chip[place][core] for place, core in _grid(sides, per_chip)]
+    closed = tuple(side % chip.ring_multiple == 0 for side in sides)
+    return Torus(sides, per_chip, closed, chip.torus_dims), on_chip
+
+
+def _arrangements(torus: Torus, sizes: Sequence[int]) -> Iterator[np.ndarray]:
+    """Every way to give each axis a box: the place (x, y, z, core) of each index.
+
+    Along a side that axes share, the last axis has neighbours. The others step over its
+    part; with every second of their steps mirrored, those at the part's ends do not.
+    """
+    whole = (*torus.sides, torus.per_chip)
+    for boxes in _boxes(whole, [size for size in sizes if size > 1]):
+        ways = [_walk(box[:-1], box[-1]) for box in boxes]
+        for mirrored in (False, True):
+            yield _combine(boxes, ways, mirrored).reshape(*sizes, len(whole))
+
+
+def _boxes(whole: Place, sizes: list[int]) -> Iterator[list[Place]]:
+    """Every cut of a box into boxes of so many devices, one for each axis."""
+    if not sizes:
+        if math.prod(whole) == 1:
+            yield []
+        return
+    for box in itertools.product(*(_divisors(side) for side in whole)):
+        if math.prod(box) == sizes[0]:
+            rest = tuple(side // part for side, part in zip(whole, box, strict=True))
+            for boxes in _boxes(rest, sizes[1:]):
+                yield [box, *boxes]
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _combine(boxes: list[Place], ways: list[np.ndarray], mirrored: bool) -> np.ndarray:
+    """Places in the torus, `[*sizes, dims]`, from the places in each axis' box."""
+    dims = len(boxes[0]) if boxes else 4
+    total = np.zeros(dims, dtype=int)
+    for box, way in zip(boxes, ways, strict=True):
+        before, sides = total[..., None, :], np.array(box)
+        inner = np.where(before % 2 == 1, sides - 1 - way, way) if mirrored else way
+        total = before * sides + inner
+    return total
+
+
+def _cost(torus: Torus, places: np.ndarray, sizes: Sequence[int]) -> tuple[float, int]:
+    """Links per message, summed over the rings of all axes, and the most of one."""
+    total, most = 0.0, 0
+    for axis, size in enumerate(sizes):
+        for ring in factor(size, torus.dims):
+            split = (size // ring.stride // ring.size, ring.size, ring.stride)
+            apart = places.reshape(*sizes[:axis], *split, *places.shape[axis + 1 :])
+            links = torus.links(apart, np.roll(apart, -1, axis=axis + 1))
+            total += float(links.mean())
+            most = max(most, int(links.max()))
+    return total, most
+
+
+@functools.cache
+def _walk(sides: Place, per_chip: int) -> np.ndarray:
+    """All devices of one axis in order: their places in its box, and on their chip."""
+    if math.prod(sides) * per_chip > LARGEST_GROUP:
+        return np.array(list(_grid(sides, per_chip)))
+    cycle = _cycle(sides) or list(np.ndindex(*sides))
+    return np.array([(*place, core) for place in cycle for core in range(per_chip)])
 
 
 def _cycle(sides: Sequence[int]) -> list[Place] | None:
@@ -65,7 +181,7 @@ def _cycle(sides: Sequence[int]) -> list[Place] | None:
     return [tuple(place.get(dim, 0) for dim in range(len(sides))) for place in at]
 
 
-def _grid(sides: Sequence[int], per_chip: int) -> Iterable[tuple[Place, int]]:
+def _grid(sides: Sequence[int], per_chip: int) -> Iterable[Place]:
     """Places row by row, the largest side fastest.
 
     Two devices of a chip are two layers of its smallest side: along the first and back
@@ -80,7 +196,7 @@ def _grid(sides: Sequence[int], per_chip: int) -> Iterable[tuple[Place, int]]:
         core, along = divmod(place[smallest], sides[smallest])
         back = core % 2
         place[smallest] = sides[smallest] - 1 - along if back else along
-        yield tuple(place), core
+        yield (*place, core)
 
 
 def _snake(sides: Sequence[range]) -> list[Place]:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import numpy as np
@@ -89,14 +90,17 @@ def test_gather_is_the_compilers(sizes, shifts_only, torus, largest, monkeypatch
 
 
 @pytest.mark.parametrize(("torus", "largest"), [(2, 16), (2, 4), (3, 2)])
+@pytest.mark.parametrize("last", [3, 4])
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_reduce_scatter_is_the_compilers_and_sends_the_least(
-    sizes, torus, largest, monkeypatch
+    sizes, last, torus, largest, monkeypatch
 ):
+    """With a last dim that halves, the heaviest message goes both ways around."""
     monkeypatch.setattr(rings, "LARGEST_GROUP", largest)
+    monkeypatch.setattr(rings, "LANES", 2)
     mesh, axes, count = mesh_of(sizes)
     way = rings.factor(count, torus)
-    shapes, dims = [(2 * count, 3), (4, count, 3), (count,)], [0, 1, 0]
+    shapes, dims = [(2 * count, last), (4, count, last), (count,)], [0, 1, 0]
     keys = jax.random.split(jax.random.key(0), len(shapes))
     arrays = [
         jax.random.normal(key, (count, *shape))
@@ -126,6 +130,37 @@ def test_reduce_scatter_is_the_compilers_and_sends_the_least(
     whole = sum(4 * math.prod(shape) for shape in shapes)
     assert sum(each.bytes_sent for each in found) == whole * (count - 1) // count
     assert {each.op for each in found} == {"collective-permute"}
+
+
+@pytest.mark.parametrize(
+    ("widths", "ahead", "back"),
+    [
+        ([4, 8, 16, 20], 24, 24),  # heavy ones against each other
+        ([32, 8], 24, 16),  # the heavy one in halves
+        ([34, 4], 34, 4),  # halves would not be whole tiles
+    ],
+)
+def test_both_ways_around_carry_alike(widths, ahead, back, monkeypatch):
+    monkeypatch.setattr(rings, "LANES", 4)
+    mesh, axes, count = mesh_of(dict(data=8))
+    way = rings.factor(count, 2)
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P(), out_specs=P(axes))
+    def scatter(arrays):
+        varying = [lax.pcast(x, axes, to="varying") for x in arrays]
+        return rings.reduce_scatter(varying, axes, way, dims=[0] * len(varying))
+
+    arrays = [np.ones((8, width), np.float32) for width in widths]
+    text = scatter.lower(arrays).as_text()
+    sent = {1: 0, 7: 0}
+    for target, columns in re.findall(
+        r"collective_permute.*?source_target_pairs = dense<\[\[0, (\d)\].*?"
+        r"tensor<1x(\d+)xf32>",
+        text,
+    ):
+        sent[int(target)] += int(columns)
+    assert sorted(sent.values()) == sorted((7 * ahead, 7 * back))
 
 
 @pytest.mark.parametrize("torus", [2, 3])

@@ -1,12 +1,13 @@
 """The order of devices: every ring of an axis goes from neighbour to neighbour."""
 
 import itertools
-import math
+import statistics
 import types
 
 import pytest
 
 from jaxspeed import rings
+from jaxspeed.chips import CHIPS
 from jaxspeed.mesh import make_mesh
 from jaxspeed.plan.topology import topology_devices
 from jaxspeed.torus import torus_order
@@ -28,50 +29,84 @@ def hops(a, b, sides):
     return sum(min(d, side - d) for d, side in zip(apart, sides, strict=True))
 
 
+def ring_steps(order, sizes, dims):
+    """Devices that send to each other, for every ring of every axis."""
+    for axis, size in enumerate(sizes):
+        for ring in rings.factor(size, dims):
+            for source, target in ring.shift(size):
+                senders = order.take([source], axis).flat
+                yield from zip(senders, order.take([target], axis).flat, strict=True)
+
+
 @pytest.mark.parametrize(
-    "sides, cores",
+    "chip, sides, sizes",
     [
-        ((2, 2), 1),
-        ((2, 4), 1),
-        ((4, 4), 1),
-        ((8, 16), 1),
-        ((16, 16), 1),
-        ((2, 2, 4), 1),
-        ((4, 4, 1), 1),
-        ((2, 4, 4), 1),
-        ((4, 4, 8), 1),
-        ((8, 8, 8), 1),
-        ((2, 2, 1), 2),
-        ((2, 2, 2), 2),
-        ((2, 2, 4), 2),
-        ((2, 4, 4), 2),
-        ((4, 8, 8), 2),
+        ("v5e", (2, 2, 1), (4,)),
+        ("v5e", (2, 4, 1), (8,)),
+        ("v5e", (4, 4, 1), (16,)),
+        ("v5e", (16, 16, 1), (256,)),
+        ("v5p", (2, 2, 4), (16,)),
+        ("v5p", (4, 4, 4), (64,)),
+        ("v5p", (4, 4, 8), (128,)),
+        ("v5p", (8, 8, 8), (512,)),
+        ("tpu7x", (2, 2, 1), (8,)),
+        ("tpu7x", (2, 2, 2), (16,)),
+        ("tpu7x", (2, 2, 4), (32,)),
+        ("tpu7x", (4, 8, 8), (512,)),
+        # several axes
+        ("v5e", (2, 4, 1), (2, 4)),
+        ("v5e", (16, 16, 1), (16, 16)),
+        ("v5p", (2, 2, 2), (4, 2)),
+        ("v5p", (4, 4, 4), (32, 2)),
+        ("v5p", (4, 4, 4), (16, 4)),
+        ("v5p", (4, 4, 4), (8, 8)),
+        ("v5p", (4, 4, 4), (1, 4, 1, 4, 4)),
+        ("v5p", (4, 4, 4), (2, 4, 8)),
+        ("tpu7x", (2, 4, 4), (16, 4)),
+        ("tpu7x", (2, 4, 4), (8, 8)),
     ],
 )
-def test_neighbours_in_a_ring_are_neighbours_on_the_torus(sides, cores):
-    devices = chips(sides, cores)
-    order = torus_order(devices)
+def test_neighbours_in_a_ring_are_neighbours_on_the_torus(chip, sides, sizes):
+    devices = chips(sides, cores=2 if chip == "tpu7x" else 1)
+    order = torus_order(devices, sizes, CHIPS[chip])
+    assert order is not None and order.shape == sizes
+    assert {id(device) for device in order.flat} == {id(device) for device in devices}
+    for source, target in ring_steps(order, sizes, CHIPS[chip].torus_dims):
+        assert hops(source, target, sides) <= 1
+
+
+@pytest.mark.parametrize(
+    "chip, sides, sizes, mean",
+    [
+        ("v5e", (4, 4, 1), (4, 4), 1.5),  # no side of 4 is closed
+        ("v5e", (8, 8, 1), (8, 8), 1.75),
+        ("v5p", (8, 8, 8), (64, 8), 1.75),  # boxes of 4x4x4 and 2x2x2
+        ("v5p", (16, 16, 16), (4, 128, 8), 2.5),
+    ],
+)
+def test_other_meshes_have_short_ways(chip, sides, sizes, mean):
+    """Where no order has neighbours only, far less than row by row."""
+    order = torus_order(chips(sides), sizes, CHIPS[chip])
     assert order is not None
-    assert {id(device) for device in order} == {id(device) for device in devices}
-    found = rings.factor(len(devices), len(sides))
-    assert math.prod(ring.size for ring in found) == len(devices)
-    for ring in found:
-        for source, target in ring.shift(len(devices)):
-            assert hops(order[source], order[target], sides) <= 1
+    steps = ring_steps(order, sizes, CHIPS[chip].torus_dims)
+    assert statistics.mean(hops(*step, sides) for step in steps) <= mean
+
+
+def test_a_mesh_that_boxes_cannot_make():
+    assert torus_order(chips((3, 3, 1)), (9,), CHIPS["v5e"]) is not None
+    assert torus_order(chips((2, 2, 1)), (3, 1), CHIPS["v5e"]) is None
 
 
 @pytest.mark.parametrize(
     "devices",
     [
-        chips((3, 3)),  # no cycle
         chips((2, 2))[1:],  # not a box
         chips((2, 2))[:3] + chips((2, 2))[:1],
-        chips((1, 1)),
         [types.SimpleNamespace()] * 4,  # not a TPU
     ],
 )
 def test_where_no_order_is_known(devices):
-    assert torus_order(devices) is None
+    assert torus_order(devices, (len(devices),), CHIPS["v5e"]) is None
 
 
 @pytest.mark.tpu_aot

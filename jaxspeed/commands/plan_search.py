@@ -112,6 +112,6 @@ def _row(point: Point, found: Search) -> dict[str, Any]:
         "GB": round(point.bytes / GB, 2),
         "estimate GB": round(point.candidate.estimate.total_bytes / GB, 2),
         "seconds": point.seconds,
-        "estimate s": point.candidate.estimate.seconds or 0.0,
+        "estimate s": point.candidate.estimate.expected_seconds or 0.0,
         "limited by": point.limit,
     }

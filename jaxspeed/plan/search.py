@@ -71,7 +71,7 @@ class Point:
     def seconds(self) -> float:
         """A step by the compiled timeline; by estimate where there is none."""
         timed = self.found.get("step_seconds") if self.found else None
-        return timed or self.candidate.estimate.seconds or math.inf
+        return timed or self.candidate.estimate.expected_seconds or math.inf
 
     @property
     def limit(self) -> str:
@@ -95,7 +95,7 @@ class Point:
             "estimated_bytes": estimate.total_bytes,
             "bytes": self.bytes,
             "fits": self.fits,
-            "estimated_seconds": estimate.seconds,
+            "estimated_seconds": estimate.expected_seconds,
             "seconds": self.seconds,
             "limit": self.limit,
             "mfu_bound": self.found and self.found.get("mfu_bound"),

@@ -55,19 +55,13 @@ def step_volume(
 def link_seconds(volume: Volume, sizes: Sizes, chip: Chip) -> dict[str, float]:
     """How long each entry of a volume takes at the links' full bandwidth.
 
-    Devices of a group that spans the n-th part of a torus have that part of its dims
-    to themselves, one at least; sides long enough are closed to rings, which carry
-    both ways around.
+    On a torus collectives are rings (`rings`), one after the other if an axis has
+    several, each both ways around on two links. Two devices have one between them.
     """
-    devices = math.prod(sizes.values())
-    dims = chip.torus_dims
-    side = round(devices ** (1 / dims)) if dims else 1
-    ways = 2 if dims and side % chip.ring_multiple == 0 else 1
     seconds = {}
     for axes, sent in volume.items():
         group = math.prod(sizes[axis] for axis in axes.split("+"))
-        spanned = dims * math.log(group) / math.log(devices) if devices > 1 else 1
-        links = max(1, round(spanned)) * ways if dims else 1
+        links = 2 if chip.torus_dims and group > 2 else 1
         seconds[axes] = sent / (links * chip.link_bytes_per_second)
     return seconds
 
