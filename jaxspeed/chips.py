@@ -29,6 +29,9 @@ class Chip:
             the data center's network.
         ring_multiple: a side of the torus that is a multiple of this is closed to a
             ring, any other is a line; 0 at a switch.
+        straight_beyond: in topologies of more chips than this the compiler sends
+            asynchronously only along one side, not over its closed end, and over 1, 2,
+            4 or 8 links ("limited ICI routing"; found by compiling); 0: anywhere.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Chip:
     torus_dims: int
     network_bytes_per_second: float
     ring_multiple: int = 0
+    straight_beyond: int = 0
 
     @property
     def links(self) -> int:
@@ -68,6 +72,7 @@ _CHIPS = (
         torus_dims=2,
         network_bytes_per_second=6.4e12 / 8 / 256,
         ring_multiple=16,
+        straight_beyond=16,
     ),
     Chip(
         name="v5p",

@@ -29,21 +29,32 @@ class Torus:
     Attributes:
         sides: chips along each dim.
         per_chip: devices of one chip.
-        closed: which sides are joined at their ends.
+        closed: which sides are joined at their ends, for messages.
         dims: of the generation's tori.
+        straight: whether messages keep to `Chip.straight_beyond`.
     """
 
     sides: Place
     per_chip: int
     closed: tuple[bool, ...]
     dims: int
+    straight: bool
 
     def links(self, sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Links between chips; the last dim of both arrays is their place."""
+        return self._apart(sources, targets).sum(axis=-1)
+
+    def stops(self, sources: np.ndarray, targets: np.ndarray) -> bool:
+        """Whether any of the messages stops computation while it is sent."""
+        if not self.straight:
+            return False
+        apart = self._apart(sources, targets)
+        bent = (apart > 0).sum(axis=-1) > 1
+        return bool((bent | ~np.isin(apart.sum(axis=-1), (0, 1, 2, 4, 8))).any())
+
+    def _apart(self, sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
         apart = np.abs(sources - targets)
-        sides = np.array(self.sides)
-        around = np.where(self.closed, np.minimum(apart, sides - apart), apart)
-        return around.sum(axis=-1)
+        return np.where(self.closed, np.minimum(apart, self.sides - apart), apart)
 
 
 def torus_order(
@@ -90,8 +101,9 @@ def _torus(
         return None
     if len(on_chip) != math.prod(sides):
         return None
-    closed = tuple(side % chip.ring_multiple == 0 for side in sides)
-    return Torus(sides, per_chip, closed, chip.torus_dims), on_chip
+    straight = 0 < chip.straight_beyond < len(on_chip)
+    closed = tuple(not straight and side % chip.ring_multiple == 0 for side in sides)
+    return Torus(sides, per_chip, closed, chip.torus_dims, straight), on_chip
 
 
 def _arrangements(torus: Torus, sizes: Sequence[int]) -> Iterator[np.ndarray]:
@@ -102,7 +114,12 @@ def _arrangements(torus: Torus, sizes: Sequence[int]) -> Iterator[np.ndarray]:
     """
     whole = (*torus.sides, torus.per_chip)
     for boxes in _boxes(whole, [size for size in sizes if size > 1]):
-        ways = [_walk(box[:-1], box[-1]) for box in boxes]
+        ways, outer = [], np.ones(len(torus.sides), dtype=int)
+        for box in boxes:
+            # Steps over all of a closed side come back; those over a part do not.
+            lines = tuple(~np.array(torus.closed) | (outer > 1))
+            ways.append(_walk(box[:-1], box[-1], lines))
+            outer *= box[:-1]
         for mirrored in (False, True):
             yield _combine(boxes, ways, mirrored).reshape(*sizes, len(whole))
 
@@ -135,26 +152,50 @@ def _combine(boxes: list[Place], ways: list[np.ndarray], mirrored: bool) -> np.n
     return total
 
 
-def _cost(torus: Torus, places: np.ndarray, sizes: Sequence[int]) -> tuple[float, int]:
-    """Links per message, summed over the rings of all axes, and the most of one."""
-    total, most = 0.0, 0
+def _cost(
+    torus: Torus, places: np.ndarray, sizes: Sequence[int]
+) -> tuple[int, float, int]:
+    """Rings with messages that stop computation, links per message, and the most.
+
+    Links are means of each ring, summed over the rings of all axes.
+    """
+    stops, total, most = 0, 0.0, 0
     for axis, size in enumerate(sizes):
         for ring in factor(size, torus.dims):
             split = (size // ring.stride // ring.size, ring.size, ring.stride)
             apart = places.reshape(*sizes[:axis], *split, *places.shape[axis + 1 :])
-            links = torus.links(apart, np.roll(apart, -1, axis=axis + 1))
+            following = np.roll(apart, -1, axis=axis + 1)
+            links = torus.links(apart, following)
+            stops += torus.stops(apart, following)
             total += float(links.mean())
             most = max(most, int(links.max()))
-    return total, most
+    return stops, total, most
 
 
 @functools.cache
-def _walk(sides: Place, per_chip: int) -> np.ndarray:
-    """All devices of one axis in order: their places in its box, and on their chip."""
-    if math.prod(sides) * per_chip > LARGEST_GROUP:
-        return np.array(list(_grid(sides, per_chip)))
-    cycle = _cycle(sides) or list(np.ndindex(*sides))
+def _walk(sides: Place, per_chip: int, lines: tuple[bool, ...]) -> np.ndarray:
+    """All devices of one axis in order: their places in its box, and on their chip.
+
+    Args:
+        sides: of the box.
+        per_chip: devices of a chip.
+        lines: which sides have ends that are not joined.
+    """
+    cycle = None
+    if math.prod(sides) * per_chip <= LARGEST_GROUP:
+        cycle = _cycle(sides)
+    if cycle is None:
+        way = np.array(list(_grid(sides, per_chip)))
+        for dim, line in enumerate(lines):
+            if line:
+                way[:, dim] = np.array(_folded(sides[dim]))[way[:, dim]]
+        return way
     return np.array([(*place, core) for place in cycle for core in range(per_chip)])
+
+
+def _folded(length: int) -> list[int]:
+    """A line there and back, each time over every second place: no step is over two."""
+    return [*range(0, length, 2), *reversed(range(1, length, 2))]
 
 
 def _cycle(sides: Sequence[int]) -> list[Place] | None:

@@ -1,8 +1,9 @@
-"""Devices to compile for that need not exist: simulated CPUs and pieces of TPU pods.
+"""Devices to compile for that need not exist: CPUs, pieces of TPU pods, hosts of GPUs.
 
 The TPU compiler (`libtpu`, the extra `plan`) runs on any machine. A topology is named
 after its chips, `v5p:4x4x8`; which names the compiler takes was found by compiling for
-them: `libtpu` itself crashes on some that are wrong.
+them: `libtpu` itself crashes on some that are wrong. The GPU compiler comes with JAX's
+CUDA plugin (the extra `check`) and needs neither a GPU nor CUDA on Linux.
 """
 
 import dataclasses
@@ -14,6 +15,15 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
+
+from kernels_pallas.check.chips import CHIPS as COMPILER_CHIPS
+from kernels_pallas.check.chips import Gpu
+
+GPUS = {name: chip for name, chip in COMPILER_CHIPS.items() if isinstance(chip, Gpu)}
+"""GPUs that can be compiled for, by the name they have in a topology."""
+
+GPUS_PER_HOST = 8
+"""On one NVLink switch."""
 
 _NAME = re.compile(r"([a-z]+\d*[a-z]*):(\d+(?:x\d+)*)")
 _QUIET = {
@@ -83,15 +93,17 @@ def num_devices(topology: str) -> int:
 
     Args:
         topology: `cpu:8`, `v5e:4x4`, `v5p:8x8x8`, `v6e:16x16`, `tpu7x:2x2x1` (two
-            devices per chip), ...
+            devices per chip), `h200:16` (two hosts of eight), ...
 
     Raises:
         ValueError: no such topology; lists the known ones.
     """
     match = _NAME.fullmatch(topology)
     sides = tuple(map(int, match[2].split("x"))) if match else ()
-    if match and match[1] == "cpu" and len(sides) == 1 and sides[0] > 0:
-        return sides[0]
+    if match and match[1] in ("cpu", *GPUS) and len(sides) == 1 and sides[0] > 0:
+        hosts_are_full = sides[0] <= GPUS_PER_HOST or sides[0] % GPUS_PER_HOST == 0
+        if match[1] == "cpu" or hosts_are_full:
+            return sides[0]
     generation = GENERATIONS.get(match[1]) if match else None
     if generation is None or not generation.has(sides):
         raise ValueError(_unknown(topology))
@@ -107,18 +119,42 @@ def topology_devices(topology: str) -> list[Any]:
 
     Raises:
         ValueError: no such topology, or fewer CPU devices than it names.
-        ImportError: the TPU compiler is not installed.
+        ImportError: the TPU or GPU compiler is not installed.
     """
-    count = num_devices(topology)
-    if topology.startswith("cpu:"):
-        devices = jax.devices("cpu")
-        if len(devices) < count:
-            raise ValueError(
-                f"topology {topology} needs {count} simulated devices, JAX has "
-                f"{len(devices)}: call jax.config.update('jax_num_cpu_devices', "
-                f"{count}) before anything else uses JAX"
-            )
-        return devices[:count]
+    count, name = num_devices(topology), topology.partition(":")[0]
+    if name == "cpu":
+        return _cpus(count)
+    return _gpus(GPUS[name], count) if name in GPUS else _tpus(topology)
+
+
+def _cpus(count: int) -> list[Any]:
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise ValueError(
+            f"topology cpu:{count} needs {count} simulated devices, JAX has "
+            f"{len(devices)}: call jax.config.update('jax_num_cpu_devices', "
+            f"{count}) before anything else uses JAX"
+        )
+    return devices[:count]
+
+
+def _gpus(chip: Gpu, count: int) -> list[Any]:
+    per_host = min(count, GPUS_PER_HOST)
+    try:
+        description = topologies.get_topology_desc(
+            platform="cuda",
+            target_config=chip.target,
+            topology=f"1x{count // per_host}x{per_host}",
+        )
+    except (RuntimeError, NotImplementedError) as error:
+        raise ImportError(
+            f"topology {chip.name}:{count} needs JAX's CUDA plugin, which is not "
+            "installed: pip install 'jaxspeed[check]'"
+        ) from error
+    return list(description.devices)
+
+
+def _tpus(topology: str) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError(
             f"topology {topology} needs the TPU compiler, libtpu, which is not "
@@ -141,4 +177,8 @@ def _unknown(topology: str) -> str:
         f"{name}:{' '.join(known.examples)} (any {known.rule})"
         for name, known in GENERATIONS.items()
     ]
-    return f"unknown topology {topology!r}; known are cpu:N, {'; '.join(lines)}"
+    gpus = ", ".join(f"{name}:N" for name in GPUS)
+    return (
+        f"unknown topology {topology!r}; known are cpu:N, {gpus} (N up to "
+        f"{GPUS_PER_HOST} or a multiple of it), {'; '.join(lines)}"
+    )

@@ -5,9 +5,11 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxspeed as js
+from jaxspeed.chips import CHIPS, chip_of
 from jaxspeed.plan import num_devices, topology_devices
 from jaxspeed.plan.topology import GENERATIONS
 
@@ -25,6 +27,9 @@ from jaxspeed.plan.topology import GENERATIONS
         ("v6e:16x16", 256),
         ("tpu7x:1x1x1", 2),
         ("tpu7x:2x2x1", 8),
+        ("h200:1", 1),
+        ("h200:8", 8),
+        ("h200:24", 24),
     ],
 )
 def test_devices_are_counted_without_a_compiler(name, count):
@@ -36,13 +41,14 @@ def test_devices_are_counted_without_a_compiler(name, count):
     [
         *("cpu", "cpu:0", "cpu:2x2", "v5e", "v5e:0x1", "v5e:3x3", "v5e:2x16"),
         *("v5e:32x32", "v5e:2x2x1", "v5p:2x2", "v5p:3x2x1", "v5p:2x2x29", "v6e:2x6"),
-        *("tpu7x:2x2", "v4:2x2x1", "h100:8", "v5p:-1x2x2", "v5p:2x2x1 ", ""),
+        *("tpu7x:2x2", "v4:2x2x1", "rtx:8", "v5p:-1x2x2", "v5p:2x2x1 ", ""),
+        *("h200:12", "h200:2x4", "h200:0"),
     ],
 )
 def test_an_unknown_topology_names_the_known_ones(name):
     with pytest.raises(ValueError, match="unknown topology") as error:
         num_devices(name)
-    for known in ("cpu:N", "v5e:1x1", "v5p:1x1x1", "8x8x8", "16x16", "tpu7x"):
+    for known in ("cpu:N", "h200:N", "v5e:1x1", "v5p:1x1x1", "8x8x8", "16x16", "tpu7x"):
         assert known in str(error.value)
 
 
@@ -63,6 +69,24 @@ def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'jaxspeed\[plan\]'"):
         topology_devices("v5e:2x2")
+
+
+def test_a_missing_gpu_compiler_is_named(monkeypatch):
+    def refuse(**names):
+        raise RuntimeError("no plugin")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", refuse)
+    with pytest.raises(ImportError, match=r"pip install 'jaxspeed\[check\]'"):
+        topology_devices("h200:8")
+
+
+@pytest.mark.gpu_aot
+@pytest.mark.parametrize(("count", "hosts"), [(1, 1), (4, 1), (8, 1), (16, 2)])
+def test_gpus_are_hosts_of_eight(count, hosts):
+    devices = topology_devices(f"h200:{count}")
+    assert len(devices) == count
+    assert len({device.process_index for device in devices}) == hosts
+    assert {chip_of(device) for device in devices} == {CHIPS["h200"]}
 
 
 @pytest.mark.tpu_aot
