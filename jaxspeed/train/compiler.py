@@ -2,7 +2,8 @@
 
 Each is here because it changes the compiled ZeRO-3 step of Llama 3 8B for the better
 (`jaxspeed bench overlap` compiles it with and without); everything else is the
-compiler's default.
+compiler's default. On GPUs that is all: XLA hides 94% of the bytes of the 8B step on
+eight H200 as it is; its latency hiding scheduler, asked for by name, changes nothing.
 """
 
 from typing import Any
