@@ -23,8 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--topology",
         default="cpu:8",
         metavar="T",
-        help="cpu:8, v5e:4x4, v5p:8x8x8, v6e:16x16, tpu7x:2x2x1, ... (default "
-        "%(default)s); TPUs need libtpu: pip install 'jaxspeed[plan]'",
+        help="cpu:8, v5e:4x4, v5p:8x8x8, v6e:16x16, tpu7x:2x2x1, h200:8, ... (default "
+        "%(default)s); TPUs need libtpu: pip install 'jaxspeed[plan]', GPUs JAX's CUDA "
+        "plugin: pip install 'jaxspeed[check]'",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     plan_search.add_arguments(parser)
