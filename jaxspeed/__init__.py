@@ -17,6 +17,7 @@ from jaxspeed.config import Run as Run
 from jaxspeed.data import Data as Data
 from jaxspeed.mesh import MeshShape as MeshShape
 from jaxspeed.mesh import make_mesh as make_mesh
+from jaxspeed.models import quantize as quantize
 from jaxspeed.optim import LossScale as LossScale
 from jaxspeed.optim import Optimizer as Optimizer
 from jaxspeed.optim import Precision as Precision

@@ -1,8 +1,9 @@
-"""Run folders <-> Hugging Face folders, and a model from either.
+"""Run folders <-> Hugging Face folders, either to quantized weights; models from all.
 
 Which of the two a folder is, its config.json says. A run folder has the run's
 configuration and Orbax checkpoints; a Hugging Face folder has the architecture and
-safetensors files.
+safetensors files. A quantized folder is a run folder with one safetensors file in place
+of checkpoints.
 """
 
 import dataclasses
@@ -22,12 +23,15 @@ from jaxspeed.config import Config, from_json, to_json
 from jaxspeed.data import ByteTokenizer, Data, HuggingFaceTokenizer, Tokenizer
 from jaxspeed.models.hugging_face import from_pretrained, save_pretrained
 from jaxspeed.models.parameters import parameters, to_decoder
+from jaxspeed.models.quantized import quantize
+from jaxspeed.models.quantized_file import load_quantized, save_quantized
 from jaxspeed.models.transformer import Decoder
 from jaxspeed.parallel import tensor
 
 Path = str | pathlib.Path
 
 CONFIG, CHECKPOINTS, TOKENIZER = "config.json", "checkpoints", "tokenizer.json"
+QUANTIZED = "quantized.safetensors"
 BESIDE_TOKENIZER = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -36,8 +40,15 @@ BESIDE_TOKENIZER = (
 """Files that describe a tokenizer further."""
 
 
-def convert(source: Path, target: Path, *, mesh: Mesh | None = None) -> str:
-    """Writes a folder of one kind as the other, whichever `source` is.
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    mesh: Mesh | None = None,
+    format: str | None = None,
+    group: int | None = None,
+) -> str:
+    """Writes a folder of one kind as the other, whichever `source` is, or quantized.
 
     Of a run, the latest step. A run folder written here has one checkpoint, of step 0,
     with the parameters alone. A Hugging Face tokenizer goes along.
@@ -46,6 +57,9 @@ def convert(source: Path, target: Path, *, mesh: Mesh | None = None) -> str:
         source: either kind of folder.
         target: a new or empty folder.
         mesh: holds the parameters meanwhile; by default the first device does.
+        format: writes a quantized folder of this format, as `models.quantize` makes it,
+            whatever `source` is.
+        group: rows that share a scale, with `format`.
 
     Returns:
         a line that says what was written.
@@ -53,14 +67,21 @@ def convert(source: Path, target: Path, *, mesh: Mesh | None = None) -> str:
     Raises:
         FileExistsError: there is something in `target`.
         FileNotFoundError: `source` is not there, or a part of it.
-        ValueError: `source` is neither kind, or the other kind cannot hold its model.
+        ValueError: `source` is neither kind or quantized already, or the other kind
+            cannot hold its model.
     """
     source, target = pathlib.Path(source), pathlib.Path(target)
     is_run = _is_run(source)
+    if (source / QUANTIZED).is_file():
+        raise ValueError(
+            f"{source} holds quantized weights; convert the folder it was made from"
+        )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(
             f"{target} exists and is not an empty folder; name a new one, or remove it"
         )
+    if format is not None:
+        return _to_quantized(source, target, mesh, format, group)
     write = _to_hugging_face if is_run else _to_run
     return write(source, target, mesh)
 
@@ -68,15 +89,15 @@ def convert(source: Path, target: Path, *, mesh: Mesh | None = None) -> str:
 def load_model(
     path: Path, mesh: Mesh | None = None, *, dtype: Any = jnp.float32
 ) -> tuple[Decoder, Tokenizer, Config]:
-    """The model of a run folder (its latest step) or of a Hugging Face folder.
+    """The model of a run folder (its latest step), Hugging Face or quantized folder.
 
-    Only parameters are read, each device its own shards.
+    Only parameters are read, each device its own shards of them unless quantized.
 
     Args:
         path: either kind of folder.
         mesh: the parameters are split over its axis `tensor`; by default they lie
             whole on the first device.
-        dtype: of the parameters in memory.
+        dtype: of the parameters in memory that are not quantized.
 
     Returns:
         the model; its tokenizer (a Hugging Face folder without one gets bytes if its
@@ -89,7 +110,10 @@ def load_model(
         ValueError: it is neither kind, is damaged, or the mesh does not divide it.
     """
     folder = pathlib.Path(path)
-    if _is_run(folder):
+    if (folder / QUANTIZED).is_file():
+        config = _read_run_config(folder)
+        model = load_quantized(config.model, folder / QUANTIZED, mesh, dtype)
+    elif _is_run(folder):
         model, config, _ = _load_run(folder, mesh, dtype)
     else:
         model = from_pretrained(folder, mesh=mesh, dtype=dtype)
@@ -155,14 +179,38 @@ def _to_hugging_face(
     )
 
 
+def _to_quantized(
+    source: pathlib.Path,
+    target: pathlib.Path,
+    mesh: Mesh | None,
+    format: str,
+    group: int | None,
+) -> str:
+    model, _, config = load_model(source, mesh)
+    quantized = quantize(model, format, group=group)
+    target.mkdir(parents=True, exist_ok=True)
+    tokenizer = _tokenizer_file(source, config)
+    if tokenizer is not None:
+        _copy_tokenizer(tokenizer, target)
+        data = dataclasses.replace(config.data, tokenizer=str(target.absolute()))
+        config = dataclasses.replace(config, data=data)
+    save_quantized(quantized, target / QUANTIZED)
+    # The checkpoints are not this folder's.
+    config = dataclasses.replace(config, model=model.config, checkpoint=Checkpoint())
+    (target / CONFIG).write_text(to_json(config))
+    size = (target / QUANTIZED).stat().st_size
+    whole = nnx.state(model, nnx.Param)
+    return (
+        f"wrote {target}: {_num_params(whole)} parameters of {source} in {format}, "
+        f"{size:,} bytes{_and_tokenizer(target)}"
+    )
+
+
 def _load_run(
     folder: pathlib.Path, mesh: Mesh | None, dtype: Any
 ) -> tuple[Decoder, Config, int]:
     """The model at the latest step of a run, its configuration, and that step."""
-    try:
-        config = from_json((folder / CONFIG).read_text(encoding="utf-8"))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / CONFIG}: {error}") from error
+    config = _read_run_config(folder)
     store = _open_checkpoints(folder, config)
     try:
         steps = store.steps()
@@ -173,6 +221,13 @@ def _load_run(
     finally:
         store.close()
     return to_decoder(config.model, parts["params"]), config, steps[-1]
+
+
+def _read_run_config(folder: pathlib.Path) -> Config:
+    try:
+        return from_json((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
 
 
 def _open_checkpoints(folder: pathlib.Path, config: Config) -> Store:

@@ -82,6 +82,7 @@ def test_generate_streams_from_the_run(trained):
         (["train", "--config.mesh.data=3"], "there are 8 devices"),
         (["train", "--cpu-devices=0"], "--cpu-devices=0; give at least 1"),
         (["generate", "--from=nowhere"], "nowhere"),
+        (["generate", "--group=128"], "--group=128 says how --quantize does it"),
         (["convert", "nowhere", "target"], "nowhere"),
         (["ds-config", "nowhere.json"], "nowhere.json"),
         (["train", "--coordinator=127.0.0.1:1"], "needs --num-processes"),

@@ -15,6 +15,7 @@ from jaxspeed.config import Config, from_json, to_json
 from jaxspeed.convert import convert, load_model
 from jaxspeed.data import BareIds, ByteTokenizer, Data, HuggingFaceTokenizer
 from jaxspeed.mesh import make_mesh
+from jaxspeed.models import quantize
 from jaxspeed.models.hugging_face import save_pretrained
 from jaxspeed.models.layers import AttentionConfig, FeedForwardConfig
 from jaxspeed.models.transformer import Decoder, DecoderConfig
@@ -95,6 +96,49 @@ def test_run_to_hugging_face_and_back(tmp_path):
     assert config == from_json((tmp_path / "again/config.json").read_text())
     assert config.model == again.config
     assert isinstance(tokenizer, ByteTokenizer)
+
+
+@pytest.mark.parametrize("kind", ["run", "hugging face"])
+def test_to_a_quantized_folder(kind, tmp_path):
+    model, source = decoder(), tmp_path / "source"
+    if kind == "run":
+        write_run(source, model)
+    else:
+        save_pretrained(model, source)
+        write_tokenizer(source)
+    target = tmp_path / "packed"
+    line = convert(source, target, format="int4", group=128)
+    size = (target / "quantized.safetensors").stat().st_size
+    assert line.startswith(f"wrote {target}: ") and f"in int4, {size:,} bytes" in line
+    found, tokenizer, config = load_model(target)
+    assert found.config.attention == model.config.attention
+    assert config.checkpoint == Checkpoint()
+    assert isinstance(
+        tokenizer, ByteTokenizer if kind == "run" else HuggingFaceTokenizer
+    )
+    expected = quantize(load_model(source)[0], "int4", group=128)
+    leaves = jax.tree.leaves_with_path(found)
+    for (path, a), b in zip(leaves, jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+
+def test_quantized_folders_that_are_refused(tmp_path):
+    run, packed = write_run(tmp_path / "run", decoder()), tmp_path / "packed"
+    convert(run, packed, format="fp6_e2m3")
+    with pytest.raises(ValueError, match="holds quantized weights; convert the folder"):
+        convert(packed, tmp_path / "again")
+    config = from_json((packed / "config.json").read_text())
+    other = dataclasses.replace(config.model, feed_forward=FeedForwardConfig(48))
+    text = to_json(dataclasses.replace(config, model=other))
+    (packed / "config.json").write_text(text)
+    with pytest.raises(
+        ValueError, match=r"down is \(2, 32, 16\), the model needs \(2, 48"
+    ):
+        load_model(packed)
+    (packed / "quantized.safetensors").write_bytes(b"not")
+    with pytest.raises(ValueError, match="is damaged or not a safetensors file"):
+        load_model(packed)
 
 
 def test_run_loads_into_tensor_parallel_shards(tmp_path):

@@ -5,9 +5,11 @@ import sys
 
 import jax
 
+from jaxspeed.commands.quantize import add_quantize_arguments, check
 from jaxspeed.convert import load_model
 from jaxspeed.data import TextStream
 from jaxspeed.mesh import MeshShape, make_mesh
+from jaxspeed.models import quantize
 from jaxspeed.serve import Sampling, generate
 
 
@@ -18,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="source",
         default="runs/default",
         metavar="FOLDER",
-        help="a run's folder or a Hugging Face folder (default %(default)s)",
+        help="a run's folder, a Hugging Face folder or a quantized one (default "
+        "%(default)s)",
     )
     parser.add_argument("--prompt", default="def ", help="text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
@@ -29,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tensor", type=int, default=1, metavar="N", help="devices to split over"
     )
+    add_quantize_arguments(parser)
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -48,7 +52,10 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     mesh = make_mesh(
         MeshShape(data=1, tensor=arguments.tensor), devices=devices[: arguments.tensor]
     )
+    check(arguments)
     model, tokenizer, _ = load_model(arguments.source, mesh)
+    if arguments.quantize is not None:
+        model = quantize(model, arguments.quantize, group=arguments.group)
     prompt = list(tokenizer.encode(arguments.prompt))
     if not prompt:
         raise ValueError("the prompt is empty; give some text: --prompt='def '")

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxspeed.models.linear import is_quantized, linear
 from jaxspeed.models.sparse_attention import SparseConfig
 from jaxspeed.parallel import tensor
 
@@ -230,13 +231,18 @@ class Attention(nnx.Module):
     def project(self, x: Float[Array, "B S D"], positions: Int[Array, "B S"]):
         """Queries [B, S, H@tensor, K], keys and values [B, S, G@tensor, K]."""
 
-        def heads_of(weight: Any, bias: Any, *, kv: bool) -> Array:
-            parts = [weight[...]] if bias is None else [weight[...], bias[...]]
-            if kv:
+        def heads_of(param: Any, bias: Any, *, kv: bool) -> Array:
+            def local(array: Array) -> Array:
                 count, heads = self.config.kv_heads, self.config.heads
-                parts = [tensor.local_kv_heads(part, count, heads) for part in parts]
-            y = jnp.einsum("bsd,dhk->bshk", x, parts[0])
-            return y if bias is None else y + parts[1][None, None]
+                return tensor.local_kv_heads(array, count, heads) if kv else array
+
+            weight = param.get_value()
+            if is_quantized(weight):
+                y = linear(x, weight)
+                y = local(y.reshape(*y.shape[:-1], -1, self.config.head_dim))
+            else:
+                y = jnp.einsum("bsd,dhk->bshk", x, local(weight))
+            return y if bias is None else y + local(bias[...])[None, None]
 
         q = heads_of(self.query, self.query_bias, kv=False)
         k = heads_of(self.key, self.key_bias, kv=True)
@@ -255,7 +261,12 @@ class Attention(nnx.Module):
 
     def output(self, y: Float[Array, "B S H K"], region: tensor.Region) -> Array:
         """Back to the model dim, summed over heads: [B, S@tensor, D]."""
-        y = region.leave(jnp.einsum("bshk,hkd->bsd", y, self.out[...]))
+        weight = self.out.get_value()
+        if is_quantized(weight):
+            y = linear(y.reshape(*y.shape[:2], -1), weight)
+        else:
+            y = jnp.einsum("bshk,hkd->bsd", y, weight)
+        y = region.leave(y)
         return y if self.out_bias is None else y + self.out_bias[None, None]
 
 
@@ -279,11 +290,12 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"], region: tensor.Region) -> Array:
         activation = ACTIVATIONS[self.config.activation]
-        up = x @ self.up[...]
+        up = linear(x, self.up.get_value())
         if self.up_bias is not None:
             up = up + self.up_bias[None, None]
-        hidden = (
-            activation(up) if self.gate is None else activation(x @ self.gate[...]) * up
-        )
-        y = region.leave(hidden @ self.down[...])
+        if self.gate is None:
+            hidden = activation(up)
+        else:
+            hidden = activation(linear(x, self.gate.get_value())) * up
+        y = region.leave(linear(hidden, self.down.get_value()))
         return y if self.down_bias is None else y + self.down_bias[None, None]

@@ -1,5 +1,6 @@
 """A decoder from its parameters, and the parameters of a decoder that is not there."""
 
+import functools
 from typing import Any
 
 from flax import nnx
@@ -13,6 +14,7 @@ def abstract_decoder(config: DecoderConfig) -> Decoder:
     return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
 
 
+@functools.cache
 def parameters(config: DecoderConfig) -> Any:
     """The tree of `spec.Leaf`, nested like `nnx.to_pure_dict` of the parameters."""
     return nnx.to_pure_dict(leaves(nnx.state(abstract_decoder(config), nnx.Param)))

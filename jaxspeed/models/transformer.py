@@ -22,6 +22,7 @@ from jaxspeed import comm
 from jaxspeed.mesh import AXES
 from jaxspeed.models import layers as L
 from jaxspeed.models.attention import FULL_WINDOW, Places, attention
+from jaxspeed.models.linear import apart, linear, together
 from jaxspeed.models.next_token import next_token_losses
 from jaxspeed.models.remat import policy_named
 from jaxspeed.models.sparse_attention import SparseAttention, SparseConfig, windows
@@ -174,7 +175,7 @@ class Head(nnx.Module):
         if self.projection is None:
             logits = jnp.einsum("bsd,vd->bsv", x, table)
         else:
-            logits = x @ self.projection[...]
+            logits = linear(x, self.projection.get_value())
         columns = tensor.vocabulary_columns(logits.shape[-1])[None, None]
         lowest = jnp.finfo(logits.dtype).min
         return jnp.where(columns < self.vocab_size, logits, lowest)
@@ -298,10 +299,12 @@ class Decoder(nnx.Module):
 
         seen = jax.tree.map(put, cache.places, places)
 
+        layers, stacks = apart(self.layers)
+
         def block(carry: Any, xs: Any):
             x, keys, values = carry
             index, layer, window = xs
-            layer = gather(layer)
+            layer = together(gather(layer), stacks, index)
             q, k, v = layer.project(x, places, region)
             start = (index, 0, cache.length, 0, 0)
             keys = lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), start)
@@ -323,7 +326,7 @@ class Decoder(nnx.Module):
         keys, values = comm.vary(cache.keys, AXES), comm.vary(cache.values, AXES)
         index = jnp.arange(self.config.num_layers)
         (x, keys, values), _ = lax.scan(
-            block, (x, keys, values), (index, self.layers, self._windows())
+            block, (x, keys, values), (index, layers, self._windows())
         )
         # Logits of the last token only: those of a long prompt would fill the memory.
         last = region.enter(x)[:, -1:]
@@ -367,7 +370,12 @@ class Decoder(nnx.Module):
 
     @jax.named_scope("layers")
     def _layers(self, x: Array, places: Places, region: tensor.Region) -> Array:
-        def block(layer: Block, x: Array, places: Places, window: Any) -> Array:
+        layers, stacks = apart(self.layers)
+        index = jnp.arange(self.config.num_layers) if stacks else None
+
+        def block(layer: Block, x: Array, shared: Any, own: Any) -> Array:
+            (places, stacks), (window, index) = shared, own
+            layer = together(layer, stacks, index)
             q, k, v = layer.project(x, places, region)
             slopes = layer.attention.slopes()
             with jax.named_scope("attention"):
@@ -377,9 +385,9 @@ class Decoder(nnx.Module):
         return scan_layers(
             block,
             comm.vary(x, AXES),
-            self.layers,
-            shared=places,
-            per_layer=self._windows(),
+            layers,
+            shared=(places, stacks),
+            per_layer=(self._windows(), index),
             policy=policy_named(self.remat_policy),
         )
 

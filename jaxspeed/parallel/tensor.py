@@ -165,15 +165,19 @@ def local_kv_heads(
 ) -> Float[Array, "... g K"]:
     """The key or value heads that this device's query heads attend with.
 
-    Where `tensor` divides the heads the weight is split already. Otherwise every device
-    holds all of them and takes what it needs: one, if the axis is a multiple of their
-    number, else one for each of its query heads. The gradient is summed over `tensor`
-    like that of any leaf which that axis does not split.
+    Where `tensor` divides the heads the weight is split already, as a rule. Otherwise
+    every device holds all of them and takes what it needs: its own, one, if the axis is
+    a multiple of their number, or one for each of its query heads. The gradient is
+    summed over `tensor` like that of any leaf which that axis does not split.
     """
     size = comm.axis_size(AXIS)
-    if num_kv_heads % size == 0:
+    if weight.shape[-2] * size == num_kv_heads:
         return weight
     weight, mine = comm.vary(weight, AXIS), comm.axis_index(AXIS)
+    if num_kv_heads % size == 0:
+        # [..., G, K] -> [..., G@tensor, K]
+        count = num_kv_heads // size
+        return lax.dynamic_slice_in_dim(weight, mine * count, count, weight.ndim - 2)
     if size % num_kv_heads == 0:
         # [..., G, K] -> [..., 1, K]: T / G neighbouring devices take the same head
         head = mine * num_kv_heads // size

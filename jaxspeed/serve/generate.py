@@ -25,8 +25,8 @@ from jaxtyping import Array, Int32, Key, UInt32
 from jaxspeed import comm, spec
 from jaxspeed.mesh import AXES, make_mesh, settle
 from jaxspeed.models.attention import Places
-from jaxspeed.models.dims import leaves
-from jaxspeed.models.transformer import Cache, Decoder
+from jaxspeed.models.quantized import parameter_specs
+from jaxspeed.models.transformer import Cache, Decoder, DecoderConfig
 from jaxspeed.parallel import tensor
 from jaxspeed.serve.sampling import Sampling, sample
 
@@ -62,12 +62,14 @@ class Setup:
 
     Attributes:
         graph: the decoder without its parameters.
+        config: of the decoder.
         mesh: all six axes.
         sampling: how tokens are drawn.
         end: the id that ends a row, or None.
     """
 
     graph: nnx.GraphDef
+    config: DecoderConfig
     mesh: Mesh
     sampling: Sampling
     end: int | None
@@ -94,7 +96,7 @@ class Setup:
 
     def params(self, params: nnx.State) -> nnx.State:
         """A spec for each parameter."""
-        return spec.assign(tensor.rule(self.mesh.shape), leaves(params))
+        return parameter_specs(self.config, params, self.mesh.shape)
 
 
 def generate(
@@ -130,7 +132,8 @@ def generate(
         mesh = make_mesh(devices=jax.local_devices()[:1])
     graph, params = nnx.split(model)
     # The seed is data: another one needs no other program.
-    setup = Setup(graph, mesh, dataclasses.replace(sampling, seed=0), end)
+    drawing = dataclasses.replace(sampling, seed=0)
+    setup = Setup(graph, model.config, mesh, drawing, end)
     places = jax.tree.map(lambda each: NamedSharding(mesh, each), setup.params(params))
     params = jax.device_put(params, places)
     num_rows = -(-len(prompts) // setup.row_shards) * setup.row_shards

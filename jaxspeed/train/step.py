@@ -79,7 +79,7 @@ class Step:
                 placements,
             )
             score = self.program.score or self.program.loss
-            loss = _all_reduced(self._loss(score, view, batch, _device_key(key)))
+            loss = all_reduced(self._loss(score, view, batch, _device_key(key)))
             return dataclasses.replace(loss, metrics=_means(loss))
 
         return jax.shard_map(
@@ -123,7 +123,7 @@ class Step:
                     placements,
                 )
                 loss = self._loss(self.program.loss, view, batch, key)
-                reduced = _all_reduced(loss)
+                reduced = all_reduced(loss)
                 # Dividing here keeps half-precision gradients in range.
                 return scale * loss.total / _nonzero(reduced.weight), reduced
 
@@ -187,7 +187,7 @@ class Step:
             loss = jax.checkpoint(run, policy=zero.never_saved())(view, batch, key)
         else:
             loss = run(view, batch, key)
-        return jax.tree.map(_same_off_batch, loss)
+        return jax.tree.map(same_off_batch, loss)
 
     def _loss_scale(self, state: TrainState) -> Array:
         static = self.precision.loss_scale.static
@@ -269,7 +269,7 @@ def _nonzero(weight: Array) -> Array:
 
 
 def _means(loss: Loss) -> dict[str, Array]:
-    """The metrics of a loss that `_all_reduced` summed, as means again."""
+    """The metrics of a loss that `all_reduced` summed, as means again."""
     weight = _nonzero(loss.weight)
     return jax.tree.map(lambda value: value / weight, loss.metrics)
 
@@ -279,7 +279,7 @@ def _device_key(key: Array) -> Array:
     return jax.random.fold_in(key, comm.axis_index(BATCH_AXES))
 
 
-def _same_off_batch(x: Array) -> Array:
+def same_off_batch(x: Array) -> Array:
     """`x` typed as equal along the axes that do not split the batch.
 
     A loss that knows nothing of `tensor` repeats itself along it; the mean of the
@@ -294,7 +294,7 @@ def _same_off_batch(x: Array) -> Array:
     return comm.vary(x, BATCH_AXES)
 
 
-def _all_reduced(loss: Loss) -> Loss:
+def all_reduced(loss: Loss) -> Loss:
     """The loss summed over the batch; metrics become weighted sums as well."""
     weighted = {k: v * loss.weight for k, v in loss.metrics.items()}
     parts = Loss(loss.total, loss.weight, weighted)
