@@ -35,6 +35,7 @@ SIBLINGS = {
     ("jaxspeed.ds_config", "jaxspeed.config_values"),
     ("jaxspeed.gin_config", "jaxspeed.config"),
     ("jaxspeed.plan", "jaxspeed.train"),
+    ("jaxspeed.bench", "jaxspeed.convert"),
     ("jaxspeed.commands", "jaxspeed.bench"),
     ("jaxspeed.commands", "jaxspeed.convert"),
     ("jaxspeed.commands", "jaxspeed.environment"),

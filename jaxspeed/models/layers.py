@@ -288,14 +288,16 @@ class FeedForward(nnx.Module):
         self.up_bias = constant(0.0, (hidden,), ("feed_forward",)) if has else None
         self.down_bias = constant(0.0, (dim,), ("model",)) if has else None
 
-    def __call__(self, x: Float[Array, "B S D"], region: tensor.Region) -> Array:
+    def hidden(self, x: Float[Array, "B S D"]) -> Float[Array, "B S f"]:
+        """What the second matmul takes, split over `tensor`."""
         activation = ACTIVATIONS[self.config.activation]
         up = linear(x, self.up.get_value())
         if self.up_bias is not None:
             up = up + self.up_bias[None, None]
         if self.gate is None:
-            hidden = activation(up)
-        else:
-            hidden = activation(linear(x, self.gate.get_value())) * up
-        y = region.leave(linear(hidden, self.down.get_value()))
+            return activation(up)
+        return activation(linear(x, self.gate.get_value())) * up
+
+    def __call__(self, x: Float[Array, "B S D"], region: tensor.Region) -> Array:
+        y = region.leave(linear(self.hidden(x), self.down.get_value()))
         return y if self.down_bias is None else y + self.down_bias[None, None]

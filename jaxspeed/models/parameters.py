@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import jax
 from flax import nnx
 
 from jaxspeed.models.dims import leaves
@@ -23,5 +24,13 @@ def parameters(config: DecoderConfig) -> Any:
 def to_decoder(config: DecoderConfig, params: Any) -> Decoder:
     """The decoder that has these parameters, a tree as `parameters` describes it."""
     graph, state = nnx.split(abstract_decoder(config))
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
+
+
+def with_params(model: Decoder, params: Any) -> Decoder:
+    """`model` with other parameters, a tree like `nnx.to_pure_dict` of its own."""
+    graph, state = nnx.split(model)
+    state = jax.tree.map(lambda leaf: leaf, state)  # `model` keeps its own
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graph, state)

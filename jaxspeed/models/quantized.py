@@ -18,7 +18,7 @@ from jaxtyping import Array
 from jaxspeed import spec
 from jaxspeed.models.dims import is_variable
 from jaxspeed.models.linear import is_quantized
-from jaxspeed.models.parameters import parameters
+from jaxspeed.models.parameters import parameters, with_params
 from jaxspeed.models.transformer import Decoder, DecoderConfig
 from jaxspeed.parallel import tensor
 from kernels_pallas import quant_matmul as kernel
@@ -66,8 +66,7 @@ def quantize(
         ValueError: no such format or group, weights that are quantized already or not
             finite (named), or `head` where the head is tied.
     """
-    graph, state = nnx.split(model)
-    params = nnx.to_pure_dict(state)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     if any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
         raise ValueError("the model is quantized already; quantize the original")
     if head and model.config.tied:
@@ -86,10 +85,7 @@ def quantize(
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
-    quantized = jax.tree_util.tree_map_with_path(convert, params)
-    state = jax.tree.map(lambda leaf: leaf, state)  # `model` keeps its own
-    nnx.replace_by_pure_dict(state, quantized)
-    return nnx.merge(graph, state)
+    return with_params(model, jax.tree_util.tree_map_with_path(convert, params))
 
 
 def shape_as_matrices(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

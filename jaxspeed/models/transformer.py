@@ -326,7 +326,7 @@ class Decoder(nnx.Module):
         keys, values = comm.vary(cache.keys, AXES), comm.vary(cache.values, AXES)
         index = jnp.arange(self.config.num_layers)
         (x, keys, values), _ = lax.scan(
-            block, (x, keys, values), (index, layers, self._windows())
+            block, (x, keys, values), (index, layers, self.windows())
         )
         # Logits of the last token only: those of a long prompt would fill the memory.
         last = region.enter(x)[:, -1:]
@@ -351,7 +351,8 @@ class Decoder(nnx.Module):
             segments = jnp.concatenate([first, rest], axis=1)
         return Places(positions, segments)
 
-    def _windows(self) -> Int[Array, " L"] | None:
+    def windows(self) -> Int[Array, " L"] | None:
+        """What the attention function is given as the window of each layer."""
         attention = self.config.attention
         if attention.window is None:
             listed = windows(attention.sparse, self.config.num_layers)
@@ -387,7 +388,7 @@ class Decoder(nnx.Module):
             comm.vary(x, AXES),
             layers,
             shared=(places, stacks),
-            per_layer=(self._windows(), index),
+            per_layer=(self.windows(), index),
             policy=policy_named(self.remat_policy),
         )
 
