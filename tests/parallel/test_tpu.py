@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 import pytest
 from jax.experimental import topologies
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxspeed as js
 from jaxspeed import plan
@@ -121,3 +123,23 @@ def test_an_unscanned_loss_does_not_keep_gathered_weights():
     ]
     assert sum(found.count * len(found.operands) for found in gathers) == 2 * depth - 1
     assert plan.program_memory(compiled)["temp_bytes"] < 4 * width * width * depth / 4
+
+
+@pytest.mark.parametrize("tensor", [1, 8])
+def test_large_v5e_computes_while_it_sends(tensor):
+    """Its compiler makes messages around a corner or a closed end synchronous."""
+    mesh = js.make_mesh(devices=plan.topology_devices("v5e:8x8"), tensor=tensor)
+
+    def scatter(x):
+        for axis in ("data", "tensor"):
+            x = js.comm.reduce_scatter(x, axis, dim=0)
+        return x
+
+    whole = jax.ShapeDtypeStruct(
+        (4096, 1024), jnp.bfloat16, sharding=NamedSharding(mesh, P())
+    )
+    split = P(("data", "tensor"))
+    run = jax.shard_map(scatter, mesh=mesh, in_specs=P(), out_specs=split)
+    text = plan.text_of(jax.jit(run).lower(whole).compile())
+    assert " collective-permute-start(" in text
+    assert " collective-permute(" not in text
