@@ -18,9 +18,10 @@ from jaxtyping import Array, Float
 from kernels_pallas import compat
 from kernels_pallas.arrays import pad_dim
 from kernels_pallas.flash_attention import gpu_backward, gpu_forward
-from kernels_pallas.flash_attention.gpu_kernel import COMPUTING, ROWS, Kernel
+from kernels_pallas.flash_attention.gpu_kernel import ROWS, Kernel
 from kernels_pallas.flash_attention.gpu_scores import LOG2_E, Scores
 from kernels_pallas.flash_attention.inputs import Inputs, Options
+from kernels_pallas.gpu_ring import COMPUTING
 
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (jnp.bfloat16, jnp.float16)

@@ -15,18 +15,15 @@ from jaxtyping import Array
 from kernels_pallas.flash_attention import gpu_forward, gpu_matmul
 from kernels_pallas.flash_attention.gpu_blocks import Spans
 from kernels_pallas.flash_attention.gpu_kernel import (
-    COMPUTING,
     PER_COLUMN,
     PER_ROW,
     ROWS,
-    Arrays,
     Kernel,
-    Refs,
     load_own,
-    split,
     visit,
 )
 from kernels_pallas.flash_attention.gpu_scores import Tile
+from kernels_pallas.gpu_ring import COMPUTING, Arrays, Refs, split
 
 
 def query_scratch(kernel: Kernel) -> Refs:
@@ -164,7 +161,7 @@ class _KeyProgram:
     def copy(self) -> None:
         """Copies the blocks of queries, of every head in turn."""
         steps = (jnp.int32(0), self._blocks() * self.kernel.repeats)
-        self.kernel.fill(self.memory, steps, self._sources)
+        self.kernel.ring.fill(self.memory, steps, self._sources)
 
     def _sources(self, step: Any) -> dict[str, Refs]:
         head = self._head(lax.div(step, self._blocks()))
@@ -192,7 +189,7 @@ class _KeyProgram:
 
         def head(repeat: Any, state: Any) -> Any:
             def block(cut: bool, block: Any, state: Any) -> Any:
-                slot = self.kernel.slot(self._step(repeat, block), jnp.int32(0))
+                slot = self.kernel.ring.slot(self._step(repeat, block), jnp.int32(0))
                 tile = self._tile(row, repeat, block)
                 return self._add(warpgroup, slot, tile, cut, state)
 

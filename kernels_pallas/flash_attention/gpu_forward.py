@@ -13,19 +13,16 @@ from jaxtyping import Array
 from kernels_pallas.flash_attention import gpu_matmul
 from kernels_pallas.flash_attention.gpu_blocks import Spans
 from kernels_pallas.flash_attention.gpu_kernel import (
-    COMPUTING,
     PER_COLUMN,
     PER_ROW,
     ROWS,
-    Arrays,
     Kernel,
-    Refs,
     load_own,
-    split,
     visit,
 )
 from kernels_pallas.flash_attention.gpu_scores import LOG2_E, Tile
 from kernels_pallas.flash_attention.reference import MASKED
+from kernels_pallas.gpu_ring import COMPUTING, Arrays, Refs, split
 
 State = tuple[Array, Array, Array]
 """Weighted sum of values [64, K], highest score [64] and sum of weights [64]."""
@@ -84,7 +81,7 @@ class Program:
     def copy(self) -> None:
         """Copies the blocks of keys and values."""
         steps = (self.spans.first, self.spans.end)
-        self.kernel.fill(self.memory, steps, self._sources)
+        self.kernel.ring.fill(self.memory, steps, self._sources)
 
     def _sources(self, block: Any) -> dict[str, Refs]:
         tokens = self.kernel.tokens(block)
@@ -119,7 +116,7 @@ class Program:
 
     def slot(self, block: Any) -> Any:
         """The buffer of a block."""
-        return self.kernel.slot(block, self.spans.first)
+        return self.kernel.ring.slot(block, self.spans.first)
 
     def row_segments(self, warpgroup: Any) -> Array | None:
         """Those of a warpgroup's queries."""

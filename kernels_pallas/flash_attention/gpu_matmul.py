@@ -7,9 +7,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-# Tiles of 8 rows of 128 bytes: wgmma reads them without bank conflicts.
-LAYOUT = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-
 
 def multiply(left: Any, right: Any) -> Float[Array, "M N"]:
     """The product of `left` [M, K] and `right` [N, K] transposed, in shared memory."""

@@ -2,6 +2,11 @@
 
 from kernels_pallas.quant_matmul.api import quant_matmul
 from kernels_pallas.quant_matmul.formats import FORMATS
+from kernels_pallas.quant_matmul.gpu_tensor import (
+    GpuTensor,
+    arrange_for_gpu,
+    arrange_from_gpu,
+)
 from kernels_pallas.quant_matmul.sharding import partition_specs
 from kernels_pallas.quant_matmul.storage import from_arrays, to_arrays
 from kernels_pallas.quant_matmul.tensor import QuantizedTensor, dequantize, quantize
@@ -14,8 +19,11 @@ from kernels_pallas.quant_matmul.w8a8 import w8a8_matmul
 
 __all__ = [
     "FORMATS",
+    "GpuTensor",
     "QuantizedTensor",
     "TwoPlanes",
+    "arrange_for_gpu",
+    "arrange_from_gpu",
     "dequantize",
     "from_arrays",
     "from_two_planes",

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas import dispatch
 from kernels_pallas.arrays import vary_like
-from kernels_pallas.quant_matmul import reference, tpu, xla
+from kernels_pallas.devices import hopper_candidate
+from kernels_pallas.quant_matmul import gpu, reference, tpu, xla
+from kernels_pallas.quant_matmul.gpu_tensor import GpuTensor, as_quantized
 from kernels_pallas.quant_matmul.tensor import QuantizedTensor, dequantize
 
 NAME = "quant_matmul"
@@ -20,13 +23,16 @@ IMPLEMENTATIONS = {
     "xla": xla.matmul,
     "reference": reference.matmul,
 }
-Residuals = tuple[Array, QuantizedTensor, Array | None]
+"""For weights in the order of every device but a GPU."""
+
+Weights = QuantizedTensor | GpuTensor
+Residuals = tuple[Array, Weights, Array | None]
 DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 
 
 def quant_matmul(
     x: Float[Array, "*B M K"],
-    w: QuantizedTensor,
+    w: QuantizedTensor | GpuTensor,
     out_dtype: Any = None,
     implementation: str | None = None,
     layer: Int[Array, ""] | int | None = None,
@@ -40,22 +46,28 @@ def quant_matmul(
 
     Args:
         x: activations, float32, bfloat16 or float16; any leading dims, or none.
-        w: one matrix, or a stack of them with `layer`.
+        w: one matrix, or a stack of them with `layer`; for Hopper GPUs, what
+            `arrange_for_gpu` makes of it, which others put in order again every time.
         out_dtype: of the result, one of the same; that of `x` by default.
-        implementation: "tpu" (Pallas), "xla" (plain JAX) or "reference" (plain JAX, in
-            float32); None takes "tpu" where the program is compiled for a TPU and
-            "xla" elsewhere.
+        implementation: "tpu" (Pallas), "gpu" (Pallas, Hopper GPUs, a `GpuTensor`),
+            "xla" (plain JAX) or "reference" (plain JAX, in float32); None takes "tpu"
+            where the program is compiled for a TPU, "gpu" where it is known to be for a
+            Hopper GPU (`devices.device_kind`) and `w` is arranged for it, and "xla"
+            elsewhere.
         layer: int32, which matrix of a stack [L, K, N]. In a `scan` over layers, scan
             over this number: the TPU kernel reads the matrix where it lies, while what
             `scan` cuts out of the stack is copied first.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown implementation.
+        ValueError: shapes that do not fit, an unknown implementation, or one that
+            cannot run and why.
         TypeError: `w` is no `QuantizedTensor`, or an unsupported dtype.
     """
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     check(x, w, layer, out_dtype)
-    dispatch.check(NAME, implementation, IMPLEMENTATIONS)
+    dispatch.check(
+        NAME, implementation, IMPLEMENTATIONS | {"gpu": gpu.reason(w) or gpu.matmul}
+    )
     rows, columns = w.shape[-2:]
     out_shape = (*x.shape[:-1], columns)
     x = x.reshape(math.prod(x.shape[:-1]), rows)
@@ -81,21 +93,30 @@ def _product(
     implementation: str | None,
     out_dtype: Any,
     x: Array,
-    w: QuantizedTensor,
+    w: Weights,
     layer: Array | None,
 ) -> Array:
-    candidates = {
-        name: functools.partial(each, out_dtype=out_dtype)
+    candidates: dict[str, Any] = {
+        name: functools.partial(in_order, each, out_dtype)
         for name, each in IMPLEMENTATIONS.items()
     }
+    own = functools.partial(gpu.matmul, out_dtype=out_dtype)
+    candidates["gpu"] = hopper_candidate(implementation, x, gpu.reason(w), own)
     return dispatch.run(NAME, implementation, candidates, x, w, layer)
+
+
+def in_order(
+    function: Callable[..., Array], out_dtype: Any, x: Any, w: Weights, layer: Any
+) -> Array:
+    """A function of weights in the order of every device but a GPU, of any weights."""
+    return function(x, as_quantized(w), layer, out_dtype)
 
 
 def _forward(
     implementation: str | None,
     out_dtype: Any,
     x: Array,
-    w: QuantizedTensor,
+    w: Weights,
     layer: Array | None,
 ) -> tuple[Array, Residuals]:
     # An empty array carries the dtype of x, which is not needed otherwise.
@@ -111,7 +132,7 @@ def backward(
 ) -> tuple[Array, None, None]:
     """The gradient of x, with weights in its dtype: x_bar = g @ w^T."""
     like, w, layer = residuals
-    weights = dequantize(w.take(layer), like.dtype)
+    weights = dequantize(as_quantized(w.take(layer)), like.dtype)
     x_bar = lax.dot_general(
         g.astype(like.dtype),
         weights,
@@ -126,11 +147,9 @@ _multiply = jax.custom_vjp(_product, nondiff_argnums=(0, 1))
 _multiply.defvjp(_forward, backward)
 
 
-def check(
-    x: Array, w: QuantizedTensor, layer: Array | int | None, out_dtype: Any
-) -> None:
+def check(x: Array, w: Weights, layer: Array | int | None, out_dtype: Any) -> None:
     """Raises what `quant_matmul` says of shapes and dtypes."""
-    if not isinstance(w, QuantizedTensor):
+    if not isinstance(w, Weights):
         raise TypeError(f"w is {type(w).__name__}; give what `quantize` returns")
     if w.ndim != (2 if layer is None else 3):
         raise ValueError(

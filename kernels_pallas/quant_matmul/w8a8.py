@@ -16,8 +16,10 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas import dispatch
 from kernels_pallas.arrays import pad_dim, vary_like
-from kernels_pallas.quant_matmul import api, tpu, xla
+from kernels_pallas.devices import hopper_candidate
+from kernels_pallas.quant_matmul import api, gpu, tpu, xla
 from kernels_pallas.quant_matmul.activations import KINDS, Rows, kind_for, quantize_rows
+from kernels_pallas.quant_matmul.gpu_tensor import GpuTensor
 from kernels_pallas.quant_matmul.numbers import Integer
 from kernels_pallas.quant_matmul.tensor import QuantizedTensor, padded_values
 
@@ -26,7 +28,7 @@ NAME = "w8a8_matmul"
 
 def w8a8_matmul(
     x: Float[Array, "*B M K"],
-    w: QuantizedTensor,
+    w: QuantizedTensor | GpuTensor,
     out_dtype: Any = None,
     activations: str | None = None,
     implementation: str | None = None,
@@ -40,7 +42,7 @@ def w8a8_matmul(
     Args:
         x: activations, float32, bfloat16 or float16; any leading dims, or none.
         w: one matrix, or a stack of them with `layer`, of a format with scales of at
-            least 128 rows.
+            least 128 rows; for Hopper GPUs as in `quant_matmul`.
         out_dtype: of the result, one of the same; that of `x` by default.
         activations: "int8" or "int4" with integer weights, "fp8_e4m3" with the others;
             None: 8 bits.
@@ -53,7 +55,11 @@ def w8a8_matmul(
     """
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     api.check(x, w, layer, out_dtype)
-    dispatch.check(NAME, implementation, IMPLEMENTATIONS)
+    dispatch.check(
+        NAME,
+        implementation,
+        IMPLEMENTATIONS | {"gpu": gpu.reason(w) or gpu.matmul_rows},
+    )
     kind = _kind(w, activations)
     rows, columns = w.shape[-2:]
     out_shape = (*x.shape[:-1], columns)
@@ -109,13 +115,15 @@ def _product(
     kind: str,
     out_dtype: Any,
     x: Array,
-    w: QuantizedTensor,
+    w: api.Weights,
     layer: Array | None,
 ) -> Array:
-    candidates = {
-        name: functools.partial(each, out_dtype=out_dtype)
+    candidates: dict[str, Any] = {
+        name: functools.partial(api.in_order, each, out_dtype)
         for name, each in IMPLEMENTATIONS.items()
     }
+    own = functools.partial(gpu.matmul_rows, out_dtype=out_dtype)
+    candidates["gpu"] = hopper_candidate(implementation, x, gpu.reason(w), own)
     rows = quantize_rows(pad_dim(x, 1, w.padded[0]), kind)
     return dispatch.run(NAME, implementation, candidates, rows, w, layer)
 
@@ -125,7 +133,7 @@ def _forward(
     kind: str,
     out_dtype: Any,
     x: Array,
-    w: QuantizedTensor,
+    w: api.Weights,
     layer: Array | None,
 ) -> tuple[Array, api.Residuals]:
     out = _product(implementation, kind, out_dtype, x, w, layer)
@@ -146,7 +154,7 @@ _multiply = jax.custom_vjp(_product, nondiff_argnums=(0, 1, 2))
 _multiply.defvjp(_forward, _backward)
 
 
-def _kind(w: QuantizedTensor, activations: str | None) -> str:
+def _kind(w: api.Weights, activations: str | None) -> str:
     kind = kind_for(w.format) if activations is None else activations
     integers = isinstance(w.format.numbers, Integer)
     fitting = [
