@@ -1,23 +1,27 @@
-"""How a `QuantizedTensor` is split over devices."""
+"""How a `QuantizedTensor` or a `GpuTensor` is split over devices."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from jax.sharding import PartitionSpec
 
+from kernels_pallas.quant_matmul.gpu_tensor import GpuTensor
 from kernels_pallas.quant_matmul.layouts import BLOCK, LANES
 from kernels_pallas.quant_matmul.tensor import QuantizedTensor
 
+Weight = TypeVar("Weight", QuantizedTensor, GpuTensor)
+
 
 def partition_specs(
-    w: QuantizedTensor, spec: PartitionSpec, axis_sizes: Mapping[str, int]
-) -> QuantizedTensor:
+    w: Weight, spec: PartitionSpec, axis_sizes: Mapping[str, int]
+) -> Weight:
     """The specs of the arrays of `w` if the weight is split as `spec` says.
 
-    A shard is a whole number of packed blocks, and so a `QuantizedTensor` itself: these
-    are the `in_specs` of a `shard_map` that multiplies with it. Scales of whole columns
-    are repeated where K is split.
+    A shard is a whole number of packed blocks, and so a weight itself: these are the
+    `in_specs` of a `shard_map` that multiplies with it. Scales of whole columns are
+    repeated where K is split.
 
     Args:
         w: arrays, or `jax.ShapeDtypeStruct`s, not split yet.
@@ -47,21 +51,23 @@ def partition_specs(
     *lead, k, n = names
     scale_rows = None if w.group is None else k
     scales = PartitionSpec(*lead, scale_rows, n)
+    zeros = None if w.zeros is None else scales
+    if isinstance(w, GpuTensor):
+        words = PartitionSpec(*lead, n, k, None, None)
+        return dataclasses.replace(w, words=words, scales=scales, zeros=zeros)
     inner = [None] * (w.format.layout.rank - 2)
-    return QuantizedTensor(
-        PartitionSpec(*lead, k, *inner, n),  # pyright: ignore
-        scales,  # pyright: ignore
-        None if w.zeros is None else scales,  # pyright: ignore
-        None if w.tensor_scale is None else PartitionSpec(*lead, None, None),  # pyright: ignore
-        w.format_name,
-        w.group,
-        w.padding,
-        w.dtype,
+    of_tensor = PartitionSpec(*lead, None, None)
+    return dataclasses.replace(
+        w,
+        data=PartitionSpec(*lead, k, *inner, n),
+        scales=scales,
+        zeros=zeros,
+        tensor_scale=None if w.tensor_scale is None else of_tensor,
     )
 
 
 def _check_split(
-    w: QuantizedTensor, name: str, dim: int, block: int, devices: int
+    w: QuantizedTensor | GpuTensor, name: str, dim: int, block: int, devices: int
 ) -> None:
     if devices == 1:
         return

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh, use_abstract_mesh
+from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import gpu_fragments
 from kernels_pallas.gpu_fragments import Operand
@@ -23,6 +24,7 @@ from kernels_pallas.quant_matmul import (
     arrange_from_gpu,
     dequantize,
     gpu_products,
+    partition_specs,
     quant_matmul,
     quantize,
     w8a8_matmul,
@@ -269,6 +271,24 @@ def test_other_implementations_take_arranged_weights(implementation):
     w, x = weight("fp6_e2m3"), tokens(4, 512)
     run = functools.partial(quant_matmul, x, implementation=implementation)
     np.testing.assert_array_equal(run(arrange_for_gpu(w)), run(w))
+
+
+def test_shards_of_arranged_weights_are_arranged():
+    w, x = weight("fp6_e2m3", (512, 256)), tokens(4, 512, jnp.float32)
+    arranged = arrange_for_gpu(w)
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("rows", "columns"))
+    specs = partition_specs(arranged, P("rows", "columns"), mesh.shape)
+    assert specs.words == P("columns", "rows", None, None)
+
+    def run(x, w):
+        return jax.lax.psum(quant_matmul(x, w, implementation="xla"), "rows")
+
+    run = jax.shard_map(
+        run, mesh=mesh, in_specs=(P(None, "rows"), specs), out_specs=P(None, "columns")
+    )
+    want = quant_matmul(x, w, implementation="xla")
+    error = np.abs(run(x, arranged) - want).max(axis=1)
+    assert (error <= 1e-5 * np.abs(want).max(axis=1)).all()
 
 
 def test_gradients_of_arranged_weights_are_those_of_the_others():
