@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from kernels_pallas.arrays import vary_like
 
@@ -23,7 +24,9 @@ def gpu_kernel(
     Args:
         body: the kernel's function.
         name: of the kernel, for profiles.
-        cost_estimate: of a call; JAX before 0.12 has no place for it.
+        cost_estimate: of a call. It stands in the compiled program as attributes of
+            the call, as GPU programs have no other place for it, and is given to
+            `plgpu.kernel` where that takes it (JAX 0.12).
         given: further arguments of `plgpu.kernel`.
     """
 
@@ -37,10 +40,16 @@ def gpu_kernel(
         approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
     )
     run = plgpu.kernel(named, compiler_params=parameters, **given)
+    costs = {
+        field: str(getattr(cost_estimate, field))
+        for field in ("flops", "bytes_accessed", "transcendentals")
+    }
 
     def varying(*arguments: Any) -> Any:
         # The outputs' type says of no mesh axis that they differ along it.
         arrays = jax.tree.leaves(arguments)
-        return jax.tree.map(lambda x: vary_like(x, *arrays), run(*arguments))
+        with set_xla_metadata(**costs):
+            results = run(*arguments)
+        return jax.tree.map(lambda x: vary_like(x, *arrays), results)
 
     return varying

@@ -14,6 +14,8 @@ from jaxspeed.plan import hlo
 
 _LIBRARY_MATMUL = ("__cublas$gemm", "__cublas$lt$matmul", "__onednn$matmul")
 _COSTS = r'"cost_estimate":\{([^}]*)\}'
+# `kernels_pallas.compat.gpu_kernel` writes them here.
+_GPU_COSTS = r"frontend_attributes=\{([^}]*\bflops=[^}]*)\}"
 # One operation for each element of the result; data movement and conversions are none.
 _ARITHMETIC = frozenset(
     "abs add and atan2 cbrt ceil clamp compare complex cosine count-leading-zeros "
@@ -67,16 +69,17 @@ def elementwise_operations(
 
 
 def kernel_estimate(instruction: hlo.Instruction) -> dict[str, int] | None:
-    """What a Pallas TPU kernel says that it costs; None if it says nothing.
+    """What a Pallas kernel says that it costs; None if it says nothing.
 
     Returns:
         the fields of `pl.CostEstimate`: `flops`, `transcendentals`, `bytes_accessed`,
         `remote_bytes_transferred`.
     """
-    estimate = instruction.attribute(_COSTS)
+    estimate = instruction.attribute(_COSTS) or instruction.attribute(_GPU_COSTS)
     if estimate is None:
         return None
-    return {key: int(value) for key, value in re.findall(r'"(\w+)":"?(\d+)', estimate)}
+    pairs = re.findall(r'"?(\w+)"?[:=]"?(\d+)', estimate)
+    return {key: int(value) for key, value in pairs}
 
 
 def is_kernel(instruction: hlo.Instruction) -> bool:

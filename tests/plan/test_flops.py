@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 from jax.experimental import pallas, topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+import jaxspeed as js
+from jaxspeed import plan
 from jaxspeed.plan.compiler import compile_lowered
 from jaxspeed.plan.flops import flops
+from kernels_pallas.flash_attention import flash_attention
 
 M, K, N, B, LAYERS = 64, 96, 160, 6, 5
 
@@ -247,6 +250,39 @@ def test_kernels_that_claim_nothing_are_named(tpu):
     (name,) = found.unknown_kernels
     assert "test_flops.py" in name
     assert found.kernels == 0
+
+
+GPU_KERNEL = """HloModule m
+
+ENTRY %main (x: f32[64]) -> f32[64] {
+  %x = f32[64]{0} parameter(0)
+  ROOT %call = f32[64]{0} custom-call(%x), custom_call_target="mosaic_gpu_v2", \
+api_version=API_VERSION_TYPED_FFI, \
+frontend_attributes={bytes_accessed="512",flops="1234",transcendentals="5"}, \
+metadata={op_name="jit(f)/kernel"}
+}
+"""
+
+
+def test_gpu_kernels_count_what_they_claim():
+    found = flops(GPU_KERNEL)
+    assert (found.matmul, found.kernels, found.hbm_bytes) == (0, 1234, 512)
+    assert not found.unknown_kernels
+    silent = GPU_KERNEL.replace("flops=", "flaps=")
+    assert flops(silent).unknown_kernels
+
+
+@pytest.mark.gpu_aot
+def test_gpu_attention_counts_what_it_computes():
+    mesh = js.make_mesh(devices=plan.topology_devices("h200:1"))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    x = jax.ShapeDtypeStruct((1, 2048, 4, 128), jnp.bfloat16, sharding=sharding)
+    attend = functools.partial(flash_attention, implementation="gpu")
+    found = flops(compile_lowered(jax.jit(attend).lower(x, x, x)).text)
+    assert not found.unknown_kernels
+    # Two matmuls over the causal half; blocks on the diagonal are computed whole.
+    half = 2 * 2 * 2048**2 * 4 * 128 / 2
+    assert half <= found.kernels <= 1.1 * half
 
 
 LAYER_SLICE = """
