@@ -44,8 +44,8 @@ class SparseConfig:
         layers: the layers that have the layout, the others see everything; None means
             all of them have it.
         different_layout_per_head: whether heads have layouts of their own.
-        attention: "unidirectional" or "bidirectional", which matters to random blocks
-            and to what else can be asked for: no token sees a later one in either case.
+        attention: "unidirectional" or "bidirectional", which matters to what else can
+            be asked for: the decoder is causal in either case.
     """
 
     mode: str = "dense"
@@ -78,19 +78,15 @@ class SparseConfig:
                 f"sparse.{other[0]} is given, but mode {self.mode!r} has only the "
                 f"fields {', '.join(allowed)}"
             )
-        self.layout(1)
+        self._layout(1)
 
     def _options(self) -> dict[str, Any]:
         """The fields that are not left to the mode."""
         given = {name: getattr(self, name) for name in OPTIONS}
         return {name: value for name, value in given.items() if value is not None}
 
-    def layout(self, heads: int) -> Layout:
-        """The layout of `heads` heads, for sequences of any length.
-
-        Raises:
-            ValueError: values that contradict each other.
-        """
+    def _layout(self, heads: int) -> Layout:
+        """Raises ValueError for values that contradict each other."""
         return LAYOUTS[self.mode](
             num_heads=heads,
             block=self.block,
@@ -98,12 +94,20 @@ class SparseConfig:
             **self._options(),
         )
 
+    def layout(self, heads: int, length: int) -> Bool[np.ndarray, "H N N"]:
+        """The blocks that those of `length` tokens list, none after their own.
+
+        A shorter sequence has the beginning of it, so that a cache, which is longer
+        than what it holds, is read as training read.
+        """
+        return self._layout(heads)(length, causal=True)
+
     def visible_keys(self, heads: int, length: int) -> float:
         """Keys that a token sees on average, over a sequence of `length` and heads.
 
         A block on the diagonal counts half, as all of causal attention does.
         """
-        layout = np.tril(self.layout(heads)(length))
+        layout = self.layout(heads, length)
         tokens = np.full(layout.shape[1], self.block)
         tokens[-1] -= tokens.sum() - length
         pairs = np.tril(np.outer(tokens, tokens)).astype(float)
@@ -176,7 +180,7 @@ class SparseAttention:
             q,
             k,
             v,
-            self.config.layout(self.heads)(q.shape[1]),
+            self.config.layout(self.heads, q.shape[1]),
             block=self.config.block,
             segments=queries.segments,
             first_head=tensor.first_head(q.shape[2]),
@@ -190,7 +194,7 @@ class SparseAttention:
 
     def _listed(self, q: Array, queries: Places, keys: Places) -> Bool[Array, "..."]:
         """[B, h, S, T], whether the block of a query lists that of a key."""
-        layout = self.config.layout(self.heads)(keys.positions.shape[1])
+        layout = self.config.layout(self.heads, keys.positions.shape[1])
         if layout.strides[0] == 0:  # one layout for all heads
             mine = jnp.asarray(layout[:1])
         else:

@@ -4,10 +4,11 @@ Names, defaults and meaning are those of `sparse_attention` in a DeepSpeed confi
 (`deepspeed.ops.sparse_attention.SparsityConfig` and its subclasses; the fixed pattern
 is from Child et al., 2019, "Sparse Transformers"; BigBird from Zaheer et al., 2020;
 Longformer from Beltagy et al., 2020). Entry [h, i, j] says whether the queries of block
-i see the keys of block j in head h. Three things differ: a length that is no multiple
-of the block has a short last block instead of an error; random blocks come from `seed`;
-and a unidirectional layout draws them from the blocks up to its own, all of them if
-there are fewer than asked for.
+i see the keys of block j in head h. What differs: a length that is no multiple of the
+block has a short last block instead of an error; random blocks come from `seed`; and a
+causal layout is the beginning of every longer one, so that a cache of any size sees
+what training saw: random blocks are drawn from those up to a row's own, all of them if
+there are fewer than asked for, and global blocks stay in place in a short last window.
 """
 
 import abc
@@ -60,22 +61,33 @@ class Layout(abc.ABC):
         """Whether blocks after a query's own are left out."""
         return self.attention == "unidirectional"
 
-    def __call__(self, length: int) -> Bool[np.ndarray, "H N N"]:
-        """The layout of `length` tokens, N = ceil(length / block)."""
+    def __call__(
+        self, length: int, *, causal: bool | None = None
+    ) -> Bool[np.ndarray, "H N N"]:
+        """The layout of `length` tokens, N = ceil(length / block).
+
+        Args:
+            length: tokens.
+            causal: whether blocks after a query's own are left out; None: as
+                `attention` says. True is for a causal model with global rows, which
+                only a bidirectional layout may have.
+        """
+        causal = self.causal if causal is None else causal
         count = math.ceil(length / self.block)
         heads = self.num_heads if self.different_layout_per_head else 1
         layouts = np.zeros((heads, count, count), bool)
         for head in range(heads):
-            self.fill(layouts[head], head)
-        if self.causal:
+            self.fill(layouts[head], head, causal)
+        if causal:
             layouts &= np.tri(count, dtype=bool)
         return np.broadcast_to(layouts, (self.num_heads, count, count))
 
     @abc.abstractmethod
-    def fill(self, layout: Bool[np.ndarray, "N N"], head: int) -> None:
+    def fill(self, layout: Bool[np.ndarray, "N N"], head: int, causal: bool) -> None:
         """Sets the blocks that queries of `head` see in `layout`, given as zeros.
 
-        Where it is causal, later blocks are taken out afterwards.
+        Where it is `causal`, later blocks are taken out afterwards, and what is left of
+        a row should not depend on N.
         """
 
 
@@ -83,7 +95,7 @@ class Layout(abc.ABC):
 class DenseLayout(Layout):
     """Every block; for comparison."""
 
-    def fill(self, layout: Bool[np.ndarray, "N N"], head: int) -> None:
+    def fill(self, layout: Bool[np.ndarray, "N N"], head: int, causal: bool) -> None:
         """Sets all."""
         layout[:] = True
 
@@ -128,7 +140,7 @@ class FixedLayout(Layout):
                 "different_layout_per_head=True"
             )
 
-    def fill(self, layout: Bool[np.ndarray, "N N"], head: int) -> None:
+    def fill(self, layout: Bool[np.ndarray, "N N"], head: int, causal: bool) -> None:
         """Sets the windows, then the global columns and rows."""
         count, window = len(layout), self.num_local_blocks
         fill_windows(layout, [window])
@@ -136,7 +148,7 @@ class FixedLayout(Layout):
         place = window - (1 + head % self.num_different_global_patterns) * size
         for start in range(0, count, window):
             first = start + place
-            if start + window > count:
+            if start + window > count and not causal:
                 first = max(min(first, count - size), 0)
             blocks = range(first, first + size)
             fill_global(layout, blocks, rows=self.horizontal_global_attention)
@@ -175,9 +187,9 @@ class VariableLayout(Layout):
                 "size, each at least 1"
             )
 
-    def fill(self, layout: Bool[np.ndarray, "N N"], head: int) -> None:
+    def fill(self, layout: Bool[np.ndarray, "N N"], head: int, causal: bool) -> None:
         """Sets random blocks, windows, then global columns and rows."""
-        fill_random(layout, self.num_random_blocks, (self.seed, head), self.causal)
+        fill_random(layout, self.num_random_blocks, (self.seed, head), causal)
         fill_windows(layout, self.local_window_blocks)
         starts, ends = self.global_block_indices, self.global_block_end_indices
         for blocks in ranges(starts, ends, len(layout)):
@@ -201,9 +213,9 @@ class BigBirdLayout(Layout):
     num_global_blocks: int = 1
     seed: int = 0
 
-    def fill(self, layout: Bool[np.ndarray, "N N"], head: int) -> None:
+    def fill(self, layout: Bool[np.ndarray, "N N"], head: int, causal: bool) -> None:
         """Sets random blocks, the window, then global rows and columns."""
-        fill_random(layout, self.num_random_blocks, (self.seed, head), self.causal)
+        fill_random(layout, self.num_random_blocks, (self.seed, head), causal)
         fill_sliding(layout, self.num_sliding_window_blocks)
         blocks = range(min(self.num_global_blocks, len(layout)))
         fill_global(layout, blocks, rows=True)
@@ -226,7 +238,7 @@ class BSLongformerLayout(Layout):
         super().__post_init__()
         check_ranges(self.global_block_indices, self.global_block_end_indices)
 
-    def fill(self, layout: Bool[np.ndarray, "N N"], head: int) -> None:
+    def fill(self, layout: Bool[np.ndarray, "N N"], head: int, causal: bool) -> None:
         """Sets the window, then global rows and columns."""
         fill_sliding(layout, self.num_sliding_window_blocks)
         starts, ends = self.global_block_indices, self.global_block_end_indices
@@ -245,7 +257,7 @@ class LocalSlidingWindowLayout(Layout):
     attention: str = "unidirectional"
     num_sliding_window_blocks: int = 3
 
-    def fill(self, layout: Bool[np.ndarray, "N N"], head: int) -> None:
+    def fill(self, layout: Bool[np.ndarray, "N N"], head: int, causal: bool) -> None:
         """Sets the window."""
         fill_sliding(layout, self.num_sliding_window_blocks)
 

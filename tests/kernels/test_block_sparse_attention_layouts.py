@@ -138,6 +138,29 @@ def test_every_mode_of_a_configuration(mode):
     assert layout.diagonal(axis1=1, axis2=2).all()
 
 
+FIXED = dict(num_local_blocks=4, num_global_blocks=2, different_layout_per_head=True)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        FixedLayout(num_heads=2, num_different_global_patterns=2, **FIXED),
+        FixedLayout(num_heads=1, horizontal_global_attention=True),
+        VariableLayout(num_heads=1, num_random_blocks=2, local_window_blocks=(1, 3)),
+        BigBirdLayout(num_heads=2, num_random_blocks=2, different_layout_per_head=True),
+        BSLongformerLayout(num_heads=1, global_block_indices=(0, 7)),
+    ],
+    ids=lambda layout: type(layout).__name__,
+)
+def test_causal_layouts_are_the_beginning_of_longer_ones(layout):
+    """A cache is longer than what it holds, and should be read as training read."""
+    longest = layout(20 * 16, causal=True)
+    assert not np.triu(longest, 1).any()
+    for count in range(1, 20):
+        shorter = layout(count * 16, causal=True)
+        assert (shorter == longest[:, :count, :count]).all(), count
+
+
 @pytest.mark.parametrize(
     "layout, given, message",
     [

@@ -35,7 +35,7 @@ SPARSE = {
     "variable": SparseConfig(
         "variable", block=2, local_window_blocks=(1, 2), global_block_indices=(1,)
     ),
-    "bigbird": SparseConfig("bigbird", block=2, attention="unidirectional", seed=3),
+    "bigbird": SparseConfig("bigbird", block=2, seed=3),
     "bslongformer": SparseConfig("bslongformer", block=4),
     "local": SparseConfig("local", block=3),
 }
@@ -58,7 +58,7 @@ def masked(sparse):
     def attend(q, k, v, queries, keys, window, slopes):
         length, heads = q.shape[1:3]
         block = np.arange(length) // sparse.block
-        listed = sparse.layout(heads)(length)[:, block][:, :, block]
+        listed = sparse.layout(heads, length)[:, block][:, :, block]
         if window is not None:
             listed = jnp.where(window == 0, listed, True)
         return masked_attention(q, k, v, visible(queries, keys, None)[:, None] & listed)

@@ -41,6 +41,7 @@ CONFIGS = {
     "rope": config({"qk_norm": True}),
     "window": config({"window": 3, "window_layers": (1,)}),
     "sparse": config({"sparse": SparseConfig("local", block=4)}),
+    "bigbird": config({"sparse": SparseConfig("bigbird", block=2)}),
     "alibi": config(position=PositionConfig("alibi"), embedding_norm=True, tied=True),
     "learned": config(
         {"qkv_bias": True},
