@@ -117,4 +117,5 @@ CASES = [
     *(_gpu_case(*format, 16, False) for format in GPU_FORMATS),
     *(_gpu_case(*format, 128, False) for format in (("int4", 128), ("fp6_e3m2", None))),
     *(_gpu_case(*format, rows, True) for rows in (16, 128) for format in GPU_8_BIT),
+    _gpu_case("int8", None, 40, True),
 ]

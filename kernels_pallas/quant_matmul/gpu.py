@@ -20,7 +20,7 @@ from kernels_pallas.arrays import pad_dim, vary_like
 from kernels_pallas.gpu_ring import COMPUTING
 from kernels_pallas.quant_matmul.activations import Rows
 from kernels_pallas.quant_matmul.gpu_kernel import Kernel, body
-from kernels_pallas.quant_matmul.gpu_plan import Plan, Problem, plan
+from kernels_pallas.quant_matmul.gpu_plan import Plan, Problem, plan, scale_rows
 from kernels_pallas.quant_matmul.gpu_tensor import GpuTensor
 from kernels_pallas.quant_matmul.gpu_words import TILE, permute
 from kernels_pallas.quant_matmul.layouts import BLOCK
@@ -137,9 +137,8 @@ def _multiply(x: Array, w: GpuTensor, layer: Array | None) -> Float[Array, "M N"
 
 def plan_of(x: Any, w: GpuTensor) -> Plan:
     """The parts of a product with tokens in the kernel's dtype."""
-    groups = 0 if w.group is None else max(BLOCK // w.group, 1)
-    bits, x_bytes = w.codes.bits, jnp.dtype(x.dtype).itemsize
-    return plan(Problem(x.shape[0], *w.padded, bits, x_bytes, groups))
+    groups = scale_rows(w.group)
+    return plan(Problem(x.shape[0], *w.padded, w.codes.bits, x.dtype, groups))
 
 
 def _call(kernel: Kernel, arrays: dict[str, Array], splits: int) -> Array:

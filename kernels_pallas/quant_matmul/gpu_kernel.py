@@ -18,6 +18,7 @@ from jaxtyping import Array
 from kernels_pallas import gpu_fragments
 from kernels_pallas.gpu_ring import COMPUTING, Arrays, Refs, Ring, split
 from kernels_pallas.quant_matmul import gpu_products
+from kernels_pallas.quant_matmul.gpu_plan import scale_rows
 from kernels_pallas.quant_matmul.gpu_products import Part
 from kernels_pallas.quant_matmul.gpu_words import TILE, WIDTH, Codes
 from kernels_pallas.quant_matmul.layouts import BLOCK
@@ -32,7 +33,7 @@ class Kernel:
     Attributes:
         codes: of the weights.
         dtype: of the tokens: float16, int8 or float8_e4m3fn.
-        tokens: of a program, a multiple of 8.
+        tokens: of a program.
         tiles: of 64 columns, of each warpgroup.
         steps: blocks of 256 rows that a program adds up.
         stages: buffers in the ring.
@@ -55,7 +56,7 @@ class Kernel:
     @property
     def groups(self) -> int:
         """Rows of scales that a block of 256 rows has."""
-        return 0 if self.group is None else max(BLOCK // self.group, 1)
+        return scale_rows(self.group)
 
     @property
     def sums(self) -> Any:

@@ -3,6 +3,9 @@
 import dataclasses
 import itertools
 import math
+from typing import Any
+
+import jax.numpy as jnp
 
 from kernels_pallas.gpu_ring import COMPUTING
 from kernels_pallas.quant_matmul.gpu_words import TILE
@@ -12,7 +15,12 @@ CORES = 132
 """Streaming multiprocessors of a H100 or H200; one program runs on each at a time."""
 SHARED_BYTES = 224 * 1024
 """Of a program, less than the 227 KiB that there are, for barriers."""
-MOST_TOKENS = 64
+TOKENS = tuple(range(8, 65, 8))
+"""What a program may have: what the tensor core multiplies with at once."""
+INTEGER_TOKENS = (8, 16, 24, 32, 48, 64)
+"""The same of integers (PTX ISA 8.0, section "wgmma.mma_async")."""
+LEAST_STAGES = 2
+"""With one, a copy waits for the product before it."""
 MOST_STAGES = 6
 SHARED_BY_ALL = 0.5
 """Cost of a byte that the cache has, over that of one that it has not."""
@@ -25,7 +33,7 @@ class Problem:
     Attributes:
         rows, depth, columns: M, padded K and padded N.
         bits: of a weight.
-        x_bytes: of a number of x.
+        x_dtype: of x.
         groups: rows of scales in a block of 256 rows of K.
     """
 
@@ -33,8 +41,19 @@ class Problem:
     depth: int
     columns: int
     bits: int
-    x_bytes: int
+    x_dtype: Any
     groups: int
+
+    @property
+    def x_bytes(self) -> int:
+        """Of a number of x."""
+        return jnp.dtype(self.x_dtype).itemsize
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Those that a program may have, in order."""
+        integers = jnp.issubdtype(self.x_dtype, jnp.integer)
+        return INTEGER_TOKENS if integers else TOKENS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +61,7 @@ class Plan:
     """Parts of M, N and K.
 
     Attributes:
-        tokens: rows of x of a program, a multiple of 8.
+        tokens: rows of x of a program, one of `Problem.tokens`.
         tiles: of 64 columns, of each of the two warpgroups.
         splits: of K, summed up after the kernel.
         stages: buffers in the ring.
@@ -56,8 +75,9 @@ class Plan:
 
 def plan(problem: Problem) -> Plan:
     """The plan that a model of the memory likes best."""
-    parts = math.ceil(problem.rows / MOST_TOKENS)
-    tokens = math.ceil(problem.rows / parts / 8) * 8
+    parts = math.ceil(problem.rows / problem.tokens[-1])
+    needed = math.ceil(problem.rows / parts)
+    tokens = next(each for each in problem.tokens if each >= needed)
     blocks = problem.depth // BLOCK
     all_tiles = problem.columns // (COMPUTING * TILE)
     plans = [
@@ -65,6 +85,8 @@ def plan(problem: Problem) -> Plan:
         for tiles, splits in itertools.product((2, 1), range(1, blocks + 1))
         if all_tiles % tiles == 0 and blocks % splits == 0
     ]
+    plans = [each for each in plans if each.stages >= LEAST_STAGES]
+    assert plans, f"no ring of {LEAST_STAGES} buffers fits for {problem}"
     return min(plans, key=lambda each: seconds(problem, each))
 
 
@@ -83,6 +105,11 @@ def seconds(problem: Problem, each: Plan) -> float:
     filling = (steps + 1) / steps
     waves = math.ceil(programs / CORES) * CORES / programs
     return (weights + x + again * SHARED_BY_ALL) * filling * waves
+
+
+def scale_rows(group: int | None) -> int:
+    """Rows of scales that a block of 256 rows of K has; none if they are of columns."""
+    return 0 if group is None else max(BLOCK // group, 1)
 
 
 def _stages(problem: Problem, tokens: int, tiles: int) -> int:

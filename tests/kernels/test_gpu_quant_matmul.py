@@ -7,6 +7,7 @@ from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.check import Case, measure
 from kernels_pallas.quant_matmul import cases, quant_matmul
+from kernels_pallas.quant_matmul.gpu_words import TILE
 
 pytestmark = pytest.mark.gpu_aot
 
@@ -18,8 +19,11 @@ GOALS = {
     "int4 group 128 M=16": ("HGMMA", 3.5),
     "fp6_e3m2 M=16": ("HGMMA", 3.5),
     "fp6_e2m3, 8-bit tokens M=16": ("QGMMA", 2.5),
+    "int8, 8-bit tokens M=40": ("IGMMA", 2.5),
     "int8, 8-bit tokens M=128": ("IGMMA", 2.5),
 }
+DEPTH = {"HGMMA": 16, "QGMMA": 32, "IGMMA": 32}
+"""Rows of K that an instruction multiplies."""
 
 
 @pytest.mark.parametrize("name", GOALS)
@@ -29,6 +33,8 @@ def test_few_instructions_per_weight_and_no_spills(name):
     figures, (product, most) = found.figures, GOALS[name]
     assert figures["instructions_per_weight"] <= most
     assert figures["tensor_core"] == [product]
+    products = GPU[name].weights // TILE // DEPTH[product]
+    assert figures["mix"][product] == products
     assert figures["spill_bytes"] == 0
     assert figures["shared_bytes"] <= 227 * 1024
 

@@ -7,6 +7,7 @@ it to machine code.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ from kernels_pallas.quant_matmul import (
     quantize,
     w8a8_matmul,
 )
+from kernels_pallas.quant_matmul.gpu_plan import Problem, plan
 from kernels_pallas.quant_matmul.gpu_words import Codes, permute
 
 NAMES = [name for name, each in FORMATS.items() if each.group is None]
@@ -147,6 +149,28 @@ def interpreted(monkeypatch):
         return total
 
     monkeypatch.setattr(gpu_products, "accumulate", accumulate)
+
+
+@pytest.mark.parametrize("x_dtype", [jnp.int8, jnp.float8_e4m3fn, jnp.float16])
+def test_programs_have_as_many_tokens_as_the_tensor_core_takes(x_dtype):
+    """PTX ISA, wgmma: N is a multiple of 8; of integers, of 16 or 24 or less."""
+    takes = {8, 16, 24, 32, 48, 64} | (set() if x_dtype == jnp.int8 else {40, 56})
+    for rows in range(1, 201):
+        tokens = plan(Problem(rows, 4096, 4096, 8, x_dtype, 0)).tokens
+        assert tokens in takes
+        programs = -(-rows // tokens)
+        assert not any(-(-rows // less) == programs for less in takes if less < tokens)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("group", [None, 128])
+def test_copies_overlap_with_products(name, group):
+    bits, groups = FORMATS[name].numbers.bits, 0 if group is None else 2
+    own = jnp.int8 if name.startswith("int") else jnp.float8_e4m3fn
+    all_rows = (*range(1, 66, 8), *range(8, 65, 8), 100, 129, 4096)
+    sizes = ((256, 128), (4096, 4096), (8192, 28672))
+    for rows, size, x_dtype in itertools.product(all_rows, sizes, (own, jnp.float16)):
+        assert plan(Problem(rows, *size, bits, x_dtype, groups)).stages >= 2
 
 
 # (rows, K, N), and what is special.
