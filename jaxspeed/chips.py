@@ -9,6 +9,9 @@ from typing import Any
 
 GIB = 2**30
 
+GPUS_PER_HOST = 8
+"""GPUs on one NVLink switch."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:

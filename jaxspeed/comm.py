@@ -115,7 +115,7 @@ def all_gather_coalesced(
         return rings.all_gather(
             arrays,
             active,
-            rings.factor(axis_size(active), chip.torus_dims),
+            rings.factor([axis_size(axis) for axis in active], chip.torus_dims),
             dims=dims,
             shifts_only=chip.name in GATHERS_IN_SHIFTS,
         )
@@ -167,7 +167,7 @@ def reduce_scatter_coalesced(
     arrays, dims = _ready(arrays, active, dims)
     # [..., n, ...] partial sums -> [..., n@axes, ...] each
     if chip := _tpu():
-        way = rings.factor(axis_size(active), chip.torus_dims)
+        way = rings.factor([axis_size(axis) for axis in active], chip.torus_dims)
         return rings.reduce_scatter(arrays, active, way, dims=dims)
     return [
         lax.psum_scatter(x, active, scatter_dimension=dim, tiled=True)

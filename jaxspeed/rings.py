@@ -3,8 +3,8 @@
 It turns `psum_scatter` into an all-reduce in most shapes, and an `all_gather` over many
 chips too: twice the bytes, and whole gradients in memory. What it keeps as written are
 neighbour shifts, asynchronous on every generation, and gathers within small groups. So
-an axis of n devices is factored into rings, `n = n_1 n_2 ...`, and each stage runs
-within its ring:
+axes of n devices are factored into rings, `n = n_1 n_2 ...`, and each stage runs within
+its ring:
 
     gather          fastest ring first; the last stage carries most of the bytes. It is
                     one `all_gather` within groups where the compiler overlaps that
@@ -20,6 +20,7 @@ one way around a ring, so messages are shared out evenly over both ways.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -73,30 +74,34 @@ class Ring:
         ]
 
 
-def factor(num_devices: int, dims: int) -> list[Ring]:
-    """Rings that together make up an axis, fastest first, the fastest the largest.
+def factor(sizes: Sequence[int], dims: int) -> list[Ring]:
+    """Rings that together make up mesh axes, fastest first.
 
-    A mesh numbers the devices of a torus along one dim after the other, and tori are
-    nearly cubes: the rings then lie along dims. Few devices are one ring, whose many
-    small messages hide better than a few large ones.
+    Each axis of few devices is one ring, whose many small messages hide better than a
+    few large ones; a larger one is about as many rings as the torus has dims, the
+    fastest the largest.
 
     Args:
-        num_devices: on the axis.
+        sizes: of the axes, the one that varies slowest first.
         dims: of the torus.
     """
-    sizes: list[int] = []
-    rest = num_devices
-    if rest <= LARGEST_GROUP:
-        dims = 1
-    while rest > 1:
-        left = max(1, dims - len(sizes))
-        sizes.append(_divisor_near(rest, rest ** (1 / left)))
-        rest //= sizes[-1]
     rings, stride = [], 1
-    for size in sizes:
-        rings.append(Ring(size, stride))
-        stride *= size
+    for axis in reversed(sizes):
+        for size in _ring_sizes(axis, dims):
+            rings.append(Ring(size, stride))
+            stride *= size
     return rings
+
+
+def _ring_sizes(num_devices: int, dims: int) -> list[int]:
+    sizes: list[int] = []
+    if num_devices <= LARGEST_GROUP:
+        dims = 1
+    while num_devices > 1:
+        left = max(1, dims - len(sizes))
+        sizes.append(_divisor_near(num_devices, num_devices ** (1 / left)))
+        num_devices //= sizes[-1]
+    return sizes
 
 
 def _divisor_near(number: int, root: float) -> int:

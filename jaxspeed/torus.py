@@ -1,23 +1,23 @@
 """Which TPU device stands where in a mesh, such that its rings lie along the torus.
 
-Every mesh axis gets a box of the torus: a part of each of its sides. `rings.factor`
-makes an axis of n devices of one ring if they are few, else of a ring per dim of the
-torus, the largest fastest. A ring costs least where neighbours in it are neighbours on
-the torus, so of all ways to cut the torus into boxes the one with the fewest links
-between neighbours is taken. `jax.make_mesh` numbers devices row by row.
+`rings.factor` makes a mesh axis of one ring if it has few devices, else of several.
+Every ring gets a box of the torus: a part of each of its sides. It costs least where
+neighbours in it are neighbours on the torus, so of all ways to cut the torus into boxes
+the one with the fewest links between neighbours is taken. `jax.make_mesh` numbers
+devices row by row.
 """
 
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxspeed.chips import Chip
-from jaxspeed.rings import LARGEST_GROUP, factor
+from jaxspeed.rings import factor
 
 Place = tuple[int, ...]
 
@@ -30,14 +30,12 @@ class Torus:
         sides: chips along each dim.
         per_chip: devices of one chip.
         closed: which sides are joined at their ends, for messages.
-        dims: of the generation's tori.
         straight: whether messages keep to `Chip.straight_beyond`.
     """
 
     sides: Place
     per_chip: int
     closed: tuple[bool, ...]
-    dims: int
     straight: bool
 
     def links(self, sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -71,18 +69,18 @@ def torus_order(
     if found is None:
         return None
     torus, on_chip = found
+    rings = [ring.size for ring in reversed(factor(sizes, chip.torus_dims))]
     best = min(
-        _arrangements(torus, sizes),
-        key=lambda places: _cost(torus, places[..., :-1], sizes),
+        _arrangements(torus, rings),
+        key=lambda places: _cost(torus, places[..., :-1]),
         default=None,
     )
     if best is None:
         return None
-    grid = np.empty(tuple(sizes), dtype=object)
-    for index in np.ndindex(*sizes):
-        *place, core = best[index].tolist()
-        grid[index] = on_chip[tuple(place)][core]
-    return grid
+    order = np.empty(len(devices), dtype=object)
+    for index, (*place, core) in enumerate(best.reshape(len(devices), -1).tolist()):
+        order[index] = on_chip[tuple(place)][core]
+    return order.reshape(sizes)
 
 
 def _torus(
@@ -90,7 +88,8 @@ def _torus(
 ) -> tuple[Torus, dict[Place, list[Any]]] | None:
     """The box that the devices fill, and those of each chip; None if they do not."""
     places = np.array([getattr(device, "coords", ()) for device in devices])
-    if not places.size or places.min():
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if not places.size or places.min() or len(slices) > 1:
         return None
     sides = tuple(int(side) + 1 for side in places.max(axis=0))
     on_chip: dict[Place, list[Any]] = {}
@@ -103,17 +102,21 @@ def _torus(
         return None
     straight = 0 < chip.straight_beyond < len(on_chip)
     closed = tuple(not straight and side % chip.ring_multiple == 0 for side in sides)
-    return Torus(sides, per_chip, closed, chip.torus_dims, straight), on_chip
+    return Torus(sides, per_chip, closed, straight), on_chip
 
 
-def _arrangements(torus: Torus, sizes: Sequence[int]) -> Iterator[np.ndarray]:
-    """Every way to give each axis a box: the place (x, y, z, core) of each index.
+def _arrangements(torus: Torus, rings: list[int]) -> Iterator[np.ndarray]:
+    """Every way to give each ring a box: the place (x, y, z, core) of each index.
 
-    Along a side that axes share, the last axis has neighbours. The others step over its
-    part; with every second of their steps mirrored, those at the part's ends do not.
+    Along a side that rings share, the last ring has neighbours. The others step over
+    its part; with every second of their steps mirrored, those at its ends do not.
+
+    Args:
+        torus: all of it.
+        rings: their sizes, the one that varies slowest first.
     """
     whole = (*torus.sides, torus.per_chip)
-    for boxes in _boxes(whole, [size for size in sizes if size > 1]):
+    for boxes in _boxes(whole, rings):
         ways, outer = [], np.ones(len(torus.sides), dtype=int)
         for box in boxes:
             # Steps over all of a closed side come back; those over a part do not.
@@ -121,19 +124,19 @@ def _arrangements(torus: Torus, sizes: Sequence[int]) -> Iterator[np.ndarray]:
             ways.append(_walk(box[:-1], box[-1], lines))
             outer *= box[:-1]
         for mirrored in (False, True):
-            yield _combine(boxes, ways, mirrored).reshape(*sizes, len(whole))
+            yield _combine(boxes, ways, mirrored)
 
 
-def _boxes(whole: Place, sizes: list[int]) -> Iterator[list[Place]]:
-    """Every cut of a box into boxes of so many devices, one for each axis."""
-    if not sizes:
+def _boxes(whole: Place, rings: list[int]) -> Iterator[list[Place]]:
+    """Every cut of a box into boxes of so many devices, one for each ring."""
+    if not rings:
         if math.prod(whole) == 1:
             yield []
         return
     for box in itertools.product(*(_divisors(side) for side in whole)):
-        if math.prod(box) == sizes[0]:
+        if math.prod(box) == rings[0]:
             rest = tuple(side // part for side, part in zip(whole, box, strict=True))
-            for boxes in _boxes(rest, sizes[1:]):
+            for boxes in _boxes(rest, rings[1:]):
                 yield [box, *boxes]
 
 
@@ -142,9 +145,8 @@ def _divisors(number: int) -> list[int]:
 
 
 def _combine(boxes: list[Place], ways: list[np.ndarray], mirrored: bool) -> np.ndarray:
-    """Places in the torus, `[*sizes, dims]`, from the places in each axis' box."""
-    dims = len(boxes[0]) if boxes else 4
-    total = np.zeros(dims, dtype=int)
+    """Places in the torus, `[*rings, dims]`, from the places in each ring's box."""
+    total = np.zeros(4, dtype=int)
     for box, way in zip(boxes, ways, strict=True):
         before, sides = total[..., None, :], np.array(box)
         inner = np.where(before % 2 == 1, sides - 1 - way, way) if mirrored else way
@@ -152,45 +154,38 @@ def _combine(boxes: list[Place], ways: list[np.ndarray], mirrored: bool) -> np.n
     return total
 
 
-def _cost(
-    torus: Torus, places: np.ndarray, sizes: Sequence[int]
-) -> tuple[int, float, int]:
+def _cost(torus: Torus, places: np.ndarray) -> tuple[int, float, int]:
     """Rings with messages that stop computation, links per message, and the most.
 
-    Links are means of each ring, summed over the rings of all axes.
+    Links are means of each ring, summed over the rings.
     """
     stops, total, most = 0, 0.0, 0
-    for axis, size in enumerate(sizes):
-        for ring in factor(size, torus.dims):
-            split = (size // ring.stride // ring.size, ring.size, ring.stride)
-            apart = places.reshape(*sizes[:axis], *split, *places.shape[axis + 1 :])
-            following = np.roll(apart, -1, axis=axis + 1)
-            links = torus.links(apart, following)
-            stops += torus.stops(apart, following)
-            total += float(links.mean())
-            most = max(most, int(links.max()))
+    for ring in range(places.ndim - 1):
+        following = np.roll(places, -1, axis=ring)
+        links = torus.links(places, following)
+        stops += torus.stops(places, following)
+        total += float(links.mean())
+        most = max(most, int(links.max()))
     return stops, total, most
 
 
 @functools.cache
 def _walk(sides: Place, per_chip: int, lines: tuple[bool, ...]) -> np.ndarray:
-    """All devices of one axis in order: their places in its box, and on their chip.
+    """All devices of a ring in order: their places in its box, and on their chip.
 
     Args:
         sides: of the box.
         per_chip: devices of a chip.
         lines: which sides have ends that are not joined.
     """
-    cycle = None
-    if math.prod(sides) * per_chip <= LARGEST_GROUP:
-        cycle = _cycle(sides)
-    if cycle is None:
-        way = np.array(list(_grid(sides, per_chip)))
-        for dim, line in enumerate(lines):
-            if line:
-                way[:, dim] = np.array(_folded(sides[dim]))[way[:, dim]]
-        return way
-    return np.array([(*place, core) for place in cycle for core in range(per_chip)])
+    way = _cycle(sides)
+    if way is None:
+        folded = (
+            _folded(side) if line else range(side)
+            for side, line in zip(sides, lines, strict=True)
+        )
+        way = list(itertools.product(*folded))
+    return np.array([(*place, core) for place in way for core in range(per_chip)])
 
 
 def _folded(length: int) -> list[int]:
@@ -220,24 +215,6 @@ def _cycle(sides: Sequence[int]) -> list[Place] | None:
         return None
     at = [dict(zip(dims, place, strict=True)) for place in way]
     return [tuple(place.get(dim, 0) for dim in range(len(sides))) for place in at]
-
-
-def _grid(sides: Sequence[int], per_chip: int) -> Iterable[Place]:
-    """Places row by row, the largest side fastest.
-
-    Two devices of a chip are two layers of its smallest side: along the first and back
-    along the second.
-    """
-    smallest = sides.index(min(sides))
-    lengths = list(sides)
-    lengths[smallest] *= per_chip
-    dims = sorted(range(len(sides)), key=lambda dim: lengths[dim])
-    for index in np.ndindex(*(lengths[dim] for dim in dims)):
-        place = [index[dims.index(dim)] for dim in range(len(sides))]
-        core, along = divmod(place[smallest], sides[smallest])
-        back = core % 2
-        place[smallest] = sides[smallest] - 1 - along if back else along
-        yield (*place, core)
 
 
 def _snake(sides: Sequence[range]) -> list[Place]:

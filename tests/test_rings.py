@@ -28,7 +28,7 @@ NUMBERS = [1, 2, 3, 6, 8, 12, 16, 17, 34, 64, 96, 256, 512, 4096]
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("number", NUMBERS)
 def test_rings_cover_the_axis(number, dims):
-    found = rings.factor(number, dims)
+    found = rings.factor([number], dims)
     assert math.prod(ring.size for ring in found) == number
     for ring in found:
         members = [device for group in ring.groups(number) for device in group]
@@ -57,7 +57,12 @@ def test_rings_cover_the_axis(number, dims):
     ],
 )
 def test_rings_lie_along_the_dims_of_a_torus(number, dims, sizes):
-    assert [ring.size for ring in rings.factor(number, dims)] == sizes
+    assert [ring.size for ring in rings.factor([number], dims)] == sizes
+
+
+def test_each_axis_has_rings_of_its_own():
+    found = [(ring.size, ring.stride) for ring in rings.factor([64, 4, 1, 8], 3)]
+    assert found == [(8, 1), (4, 8), (4, 32), (4, 128), (4, 512)]
 
 
 @pytest.mark.parametrize(("torus", "largest"), [(2, 16), (2, 4), (3, 2)])
@@ -66,7 +71,7 @@ def test_rings_lie_along_the_dims_of_a_torus(number, dims, sizes):
 def test_gather_is_the_compilers(sizes, shifts_only, torus, largest, monkeypatch):
     monkeypatch.setattr(rings, "LARGEST_GROUP", largest)
     mesh, axes, count = mesh_of(sizes)
-    way = rings.factor(count, torus)
+    way = rings.factor(list(sizes.values()), torus)
     shapes, dims = [(2, 3), (4, 2, 5), (6,), (2, 1, 5)], [0, 1, 0, 2]
     keys = jax.random.split(jax.random.key(0), len(shapes))
     arrays = [
@@ -99,7 +104,7 @@ def test_reduce_scatter_is_the_compilers_and_sends_the_least(
     monkeypatch.setattr(rings, "LARGEST_GROUP", largest)
     monkeypatch.setattr(rings, "LANES", 2)
     mesh, axes, count = mesh_of(sizes)
-    way = rings.factor(count, torus)
+    way = rings.factor(list(sizes.values()), torus)
     shapes, dims = [(2 * count, last), (4, count, last), (count,)], [0, 1, 0]
     keys = jax.random.split(jax.random.key(0), len(shapes))
     arrays = [
@@ -143,7 +148,7 @@ def test_reduce_scatter_is_the_compilers_and_sends_the_least(
 def test_both_ways_around_carry_alike(widths, ahead, back, monkeypatch):
     monkeypatch.setattr(rings, "LANES", 4)
     mesh, axes, count = mesh_of(dict(data=8))
-    way = rings.factor(count, 2)
+    way = rings.factor([count], 2)
 
     @jax.jit
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=P(), out_specs=P(axes))
@@ -167,7 +172,7 @@ def test_both_ways_around_carry_alike(widths, ahead, back, monkeypatch):
 def test_other_axes_may_differ_too(torus, monkeypatch):
     """Shards that differ over an axis that the rings do not run over."""
     monkeypatch.setattr(rings, "LARGEST_GROUP", 2)
-    mesh, way = make_mesh(data=4, tensor=2), rings.factor(4, torus)
+    mesh, way = make_mesh(data=4, tensor=2), rings.factor([4], torus)
     x = jax.random.normal(jax.random.key(0), (8, 6))
 
     @jax.jit

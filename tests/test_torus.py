@@ -35,7 +35,7 @@ def apart(a, b, sides, chip):
 def ring_steps(order, sizes, dims):
     """Devices that send to each other, for every ring of every axis."""
     for axis, size in enumerate(sizes):
-        for ring in rings.factor(size, dims):
+        for ring in rings.factor([size], dims):
             for source, target in ring.shift(size):
                 senders = order.take([source], axis).flat
                 yield from zip(senders, order.take([target], axis).flat, strict=True)
@@ -121,9 +121,26 @@ def test_a_mesh_that_boxes_cannot_make():
     assert torus_order(chips((2, 2, 1)), (3, 1), CHIPS["v5e"]) is None
 
 
+def test_axes_that_zero_sends_over_together_keep_their_rings():
+    sizes = (16, 4)
+    order = torus_order(chips((8, 8, 1)), sizes, CHIPS["v5e"])
+    assert order is not None
+    for ring in rings.factor(sizes, 2):
+        for source, target in ring.shift(64):
+            step = order.flat[source], order.flat[target]
+            links = sorted(apart(*step, (8, 8, 1), CHIPS["v5e"]))
+            assert links[:-1] == [0, 0] and links[-1] in (0, 1, 2, 4, 8)
+
+
+SLICES = chips((2, 2)) + chips((2, 2))
+for number, device in enumerate(SLICES):
+    device.slice_index = number // 4
+
+
 @pytest.mark.parametrize(
     "devices",
     [
+        SLICES,
         chips((2, 2))[1:],  # not a box
         chips((2, 2))[:3] + chips((2, 2))[:1],
         [types.SimpleNamespace()] * 4,  # not a TPU

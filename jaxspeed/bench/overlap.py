@@ -26,13 +26,23 @@ ALL = "as train sets them"
 
 
 def run() -> list[dict[str, Any]]:
-    """A row per topology and set of options, where the compiler is installed."""
+    """A row per topology and set of options, where the compiler is installed.
+
+    Raises:
+        ImportError: no compiler is.
+    """
+    topologies = [each for each in TOPOLOGIES if _has_compiler(each)]
+    if not topologies:
+        raise ImportError(
+            "no compiler for TPU or GPU is installed: pip install 'jaxspeed[plan]' for "
+            "TPU, 'jaxspeed[check]' for both"
+        )
     config = pods.configuration("8B")
     model = dataclasses.replace(config.model, num_layers=LAYERS)
     config = dataclasses.replace(config, model=model)
     return [
         measure(config, topology, name, options)
-        for topology in filter(_has_compiler, TOPOLOGIES)
+        for topology in topologies
         for name, options in variants(topology.partition(":")[0]).items()
     ]
 

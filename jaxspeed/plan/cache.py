@@ -19,7 +19,10 @@ from typing import Any
 
 from jaxspeed.config import Config
 
-PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
+PACKAGES = (
+    *("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt"),
+    *("flax", "optax"),
+)
 """Packages that shape a compiled program."""
 
 SOURCES = ("jaxspeed", "kernels_pallas")

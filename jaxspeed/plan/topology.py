@@ -16,14 +16,12 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from jaxspeed.chips import GPUS_PER_HOST
 from kernels_pallas.check.chips import CHIPS as COMPILER_CHIPS
 from kernels_pallas.check.chips import Gpu
 
 GPUS = {name: chip for name, chip in COMPILER_CHIPS.items() if isinstance(chip, Gpu)}
 """GPUs that can be compiled for, by the name they have in a topology."""
-
-GPUS_PER_HOST = 8
-"""On one NVLink switch."""
 
 _NAME = re.compile(r"([a-z]+\d*[a-z]*):(\d+(?:x\d+)*)")
 _QUIET = {
@@ -148,8 +146,8 @@ def _gpus(chip: Gpu, count: int) -> list[Any]:
         )
     except (RuntimeError, NotImplementedError) as error:
         raise ImportError(
-            f"topology {chip.name}:{count} needs JAX's CUDA plugin, which is not "
-            "installed: pip install 'jaxspeed[check]'"
+            f"topology {chip.name}:{count} needs JAX's CUDA plugin, of JAX's version: "
+            f"pip install 'jaxspeed[check]' (as it is: {error})"
         ) from error
     return list(description.devices)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import jax.numpy as jnp
 
-from jaxspeed.chips import Chip
+from jaxspeed.chips import GPUS_PER_HOST, Chip
 from jaxspeed.mesh import AXES
 from jaxspeed.models.next_token import chunk_count
 from jaxspeed.parallel.zero import MASTER, SCANNED, Placement
@@ -55,14 +55,25 @@ def step_volume(
 def link_seconds(volume: Volume, sizes: Sizes, chip: Chip) -> dict[str, float]:
     """How long each entry of a volume takes at the links' full bandwidth.
 
-    On a torus collectives are rings (`rings`), one after the other if an axis has
-    several, each both ways around on two links. Two devices have one between them.
+    On a torus collectives are rings (`rings`), one after the other if there are
+    several, each both ways around on two links. Two devices have one between them. GPUs
+    have a switch, but for groups of several hosts, which the data center's network
+    joins.
     """
     seconds = {}
     for axes, sent in volume.items():
-        group = math.prod(sizes[axis] for axis in axes.split("+"))
-        links = 2 if chip.torus_dims and group > 2 else 1
-        seconds[axes] = sent / (links * chip.link_bytes_per_second)
+        named = axes.split("+")
+        group = math.prod(sizes[axis] for axis in named)
+        # A group's devices lie within so many that follow each other in the mesh.
+        outermost = min(AXES.index(axis) for axis in named)
+        span = math.prod(sizes[axis] for axis in AXES[outermost:])
+        if chip.torus_dims:
+            rate = chip.link_bytes_per_second * (2 if group > 2 else 1)
+        elif span > GPUS_PER_HOST:
+            rate = chip.network_bytes_per_second
+        else:
+            rate = chip.link_bytes_per_second
+        seconds[axes] = sent / rate
     return seconds
 
 

@@ -11,6 +11,7 @@ from flax import nnx
 import jaxspeed as js
 from jaxspeed import plan
 from jaxspeed.chips import CHIPS
+from jaxspeed.mesh import AXES
 from jaxspeed.models import AttentionConfig, DecoderConfig, FeedForwardConfig
 from jaxspeed.models.attention import BLOCKWISE_FROM, Places, attention
 from jaxspeed.models.layers import NormConfig, PositionConfig
@@ -21,6 +22,7 @@ from jaxspeed.plan.activations import Activations
 from jaxspeed.plan.deepspeed_estimate import deepspeed_stage_2, deepspeed_stage_3
 from jaxspeed.plan.estimate import estimate
 from jaxspeed.plan.report import batch_shapes
+from jaxspeed.plan.volume import link_seconds
 from jaxspeed.train.loop import make_decoder
 
 MODEL = DecoderConfig(
@@ -174,6 +176,23 @@ def test_seconds_need_a_chip():
     assert known.seconds == max(times)
     assert known.limit == ("compute", "memory", "network")[times.index(max(times))]
     assert set(known.network_seconds) == set(known.bytes_by_axis)
+
+
+@pytest.mark.parametrize(
+    ("chip", "mesh", "axes", "rate"),
+    [
+        ("v5p", dict(data=8), "data", 200e9),  # a ring, both ways around
+        ("v5p", dict(data=4, tensor=2), "tensor", 100e9),  # one link between two
+        ("h200", dict(data=8), "data", 450e9),
+        ("h200", dict(data=16), "data", 50e9),  # two hosts
+        ("h200", dict(data=4, tensor=8), "tensor", 450e9),
+        ("h200", dict(data=4, tensor=8), "data", 50e9),
+        ("h200", dict(data=4, tensor=8), "data+tensor", 50e9),
+    ],
+)
+def test_seconds_on_the_links(chip, mesh, axes, rate):
+    sizes = dict.fromkeys(AXES, 1) | mesh
+    assert link_seconds({axes: 1e9}, sizes, CHIPS[chip]) == {axes: 1e9 / rate}
 
 
 def test_what_does_not_fit_is_limited_by_capacity():
