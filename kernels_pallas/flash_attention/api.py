@@ -135,7 +135,9 @@ def flash_attention_with_lse(
         causal=bool(causal),
         softcap=None if softcap is None else float(softcap),
     )
-    window = None if window is None else jnp.asarray(window, jnp.int32)
+    if window is not None:
+        # Kernels add it to a position, which int32 has to hold.
+        window = jnp.minimum(jnp.asarray(window, jnp.int32), q.shape[1])
     inputs = Inputs(q, k, v, segments, window, slopes, sinks)
     check_per_head(inputs)
     _check_implementation(implementation, inputs)

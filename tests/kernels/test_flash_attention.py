@@ -292,6 +292,22 @@ def test_in_a_checkpointed_scan_with_a_window_per_layer(saved):
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max(), rtol=0)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_largest_traced_window_is_none(causal, interpreted):
+    q, k, v = arrays(200, 1, 1, 16, batch=1)
+
+    def gradient(window):
+        def total(q, k, v):
+            given = dict(window=window, causal=causal, implementation="tpu")
+            return (flash_attention(q, k, v, **given) ** 2).sum()
+
+        return jax.grad(total, argnums=(0, 1, 2))(q, k, v)
+
+    got = jax.jit(gradient)(jnp.int32(2**31 - 1))
+    for mine, want in zip(got, gradient(None), strict=True):
+        np.testing.assert_allclose(mine, want, atol=1e-5 * np.abs(want).max())
+
+
 def test_a_kept_output_is_not_computed_again():
     q, k, v = arrays(300, 2, 1, 16)
 
