@@ -70,6 +70,7 @@ class SparseConfig:
                 f"sparse.mode is {self.mode!r}; choose one of {list(LAYOUTS)}"
             )
         if self.mode == "dense":
+            self._check_dense()
             return
         allowed = fields_of(self.mode)
         other = [name for name in self._options() if name not in allowed]
@@ -79,6 +80,19 @@ class SparseConfig:
                 f"fields {', '.join(allowed)}"
             )
         self._layout(1)
+
+    def _check_dense(self) -> None:
+        given = [
+            field.name
+            for field in dataclasses.fields(self)
+            if field.name != "mode" and getattr(self, field.name) != field.default
+        ]
+        if given:
+            raise ValueError(
+                f"sparse.{given[0]} is given, but mode 'dense' has no layout and no "
+                f"fields; choose a mode of {list(LAYOUTS)[1:]}, or leave "
+                f"{', '.join(given)} out"
+            )
 
     def _options(self) -> dict[str, Any]:
         """The fields that are not left to the mode."""
@@ -107,12 +121,17 @@ class SparseConfig:
 
         A block on the diagonal counts half, as all of causal attention does.
         """
-        layout = self.layout(heads, length)
-        tokens = np.full(layout.shape[1], self.block)
-        tokens[-1] -= tokens.sum() - length
-        pairs = np.tril(np.outer(tokens, tokens)).astype(float)
-        np.fill_diagonal(pairs, tokens**2 / 2)
-        return float((layout.mean(axis=0) * pairs).sum() / length)
+        return _visible_keys(self, heads, length)
+
+
+@functools.cache
+def _visible_keys(config: SparseConfig, heads: int, length: int) -> float:
+    layout = config.layout(heads if config.different_layout_per_head else 1, length)
+    tokens = np.full(layout.shape[1], config.block)
+    tokens[-1] -= tokens.sum() - length
+    seen = layout.mean(axis=0)
+    pairs = tokens @ seen @ tokens - (seen.diagonal() * tokens**2).sum() / 2
+    return float(pairs / length)
 
 
 OPTIONS = tuple(

@@ -1,6 +1,8 @@
 """The parts that layouts are made of: functions that set blocks of a bool [N, N]."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
@@ -48,6 +50,17 @@ def ranges(
     for start, end in zip(starts, ends, strict=True):
         if start < count:
             yield range(start, min(end, count))
+
+
+def check_bounds(layout: Any) -> None:
+    """Raises ValueError if a field is below the `least` of its metadata."""
+    for field in dataclasses.fields(layout):
+        value, least = getattr(layout, field.name), field.metadata.get("least")
+        if least is None:
+            continue
+        each = value if isinstance(value, Sequence) else (value,)
+        if any(number < least for number in each):
+            raise ValueError(f"{field.name}={value!r}; give {least} or more")
 
 
 def check_horizontal(horizontal: bool, causal: bool) -> None:

@@ -15,11 +15,13 @@ import abc
 import dataclasses
 import math
 from collections.abc import Sequence
+from dataclasses import field
 
 import numpy as np
 from jaxtyping import Bool
 
 from kernels_pallas.block_sparse_attention.layout_parts import (
+    check_bounds,
     check_horizontal,
     check_ranges,
     fill_global,
@@ -30,6 +32,8 @@ from kernels_pallas.block_sparse_attention.layout_parts import (
 )
 
 ATTENTION = ("unidirectional", "bidirectional")
+AT_LEAST_0, AT_LEAST_1 = {"least": 0}, {"least": 1}
+"""Metadata of a field: the least that it, or each number in it, may be."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,18 +47,15 @@ class Layout(abc.ABC):
         attention: "unidirectional" leaves blocks after a query's own out.
     """
 
-    num_heads: int
-    block: int = 16
+    num_heads: int = field(metadata=AT_LEAST_1)
+    block: int = field(default=16, metadata=AT_LEAST_1)
     different_layout_per_head: bool = False
     attention: str = "bidirectional"
 
     def __post_init__(self) -> None:
         if self.attention not in ATTENTION:
             raise ValueError(f"attention={self.attention!r}; choose one of {ATTENTION}")
-        if self.num_heads < 1 or self.block < 1:
-            raise ValueError(
-                f"num_heads={self.num_heads} and block={self.block}; give at least 1"
-            )
+        check_bounds(self)
 
     @property
     def causal(self) -> bool:
@@ -114,10 +115,10 @@ class FixedLayout(Layout):
             end of the window.
     """
 
-    num_local_blocks: int = 4
-    num_global_blocks: int = 1
+    num_local_blocks: int = field(default=4, metadata=AT_LEAST_1)
+    num_global_blocks: int = field(default=1, metadata=AT_LEAST_1)
     horizontal_global_attention: bool = False
-    num_different_global_patterns: int = 1
+    num_different_global_patterns: int = field(default=1, metadata=AT_LEAST_1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,7 +130,7 @@ class FixedLayout(Layout):
                 f"num_local_blocks={self.num_local_blocks}"
             )
         patterns = self.num_different_global_patterns
-        if not 1 <= patterns <= most:
+        if patterns > most:
             raise ValueError(
                 f"num_different_global_patterns={patterns}; give 1 to {most}, the "
                 "number of places for global blocks in a window"
@@ -170,22 +171,19 @@ class VariableLayout(Layout):
         seed: of the random blocks.
     """
 
-    num_random_blocks: int = 0
-    local_window_blocks: Sequence[int] = (4,)
-    global_block_indices: Sequence[int] = (0,)
+    num_random_blocks: int = field(default=0, metadata=AT_LEAST_0)
+    local_window_blocks: Sequence[int] = field(default=(4,), metadata=AT_LEAST_1)
+    global_block_indices: Sequence[int] = field(default=(0,), metadata=AT_LEAST_0)
     global_block_end_indices: Sequence[int] | None = None
     horizontal_global_attention: bool = False
-    seed: int = 0
+    seed: int = field(default=0, metadata=AT_LEAST_0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_horizontal(self.horizontal_global_attention, self.causal)
         check_ranges(self.global_block_indices, self.global_block_end_indices)
-        if not self.local_window_blocks or min(self.local_window_blocks) < 1:
-            raise ValueError(
-                f"local_window_blocks={self.local_window_blocks}; give at least one "
-                "size, each at least 1"
-            )
+        if not self.local_window_blocks:
+            raise ValueError("local_window_blocks is empty; give at least one size")
 
     def fill(self, layout: Bool[np.ndarray, "N N"], head: int, causal: bool) -> None:
         """Sets random blocks, windows, then global columns and rows."""
@@ -208,10 +206,10 @@ class BigBirdLayout(Layout):
         seed: of the random blocks.
     """
 
-    num_random_blocks: int = 1
-    num_sliding_window_blocks: int = 3
-    num_global_blocks: int = 1
-    seed: int = 0
+    num_random_blocks: int = field(default=1, metadata=AT_LEAST_0)
+    num_sliding_window_blocks: int = field(default=3, metadata=AT_LEAST_1)
+    num_global_blocks: int = field(default=1, metadata=AT_LEAST_0)
+    seed: int = field(default=0, metadata=AT_LEAST_0)
 
     def fill(self, layout: Bool[np.ndarray, "N N"], head: int, causal: bool) -> None:
         """Sets random blocks, the window, then global rows and columns."""
@@ -230,8 +228,8 @@ class BSLongformerLayout(Layout):
         global_block_indices, global_block_end_indices: as in `VariableLayout`.
     """
 
-    num_sliding_window_blocks: int = 3
-    global_block_indices: Sequence[int] = (0,)
+    num_sliding_window_blocks: int = field(default=3, metadata=AT_LEAST_1)
+    global_block_indices: Sequence[int] = field(default=(0,), metadata=AT_LEAST_0)
     global_block_end_indices: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
@@ -255,7 +253,7 @@ class LocalSlidingWindowLayout(Layout):
     """
 
     attention: str = "unidirectional"
-    num_sliding_window_blocks: int = 3
+    num_sliding_window_blocks: int = field(default=3, metadata=AT_LEAST_1)
 
     def fill(self, layout: Bool[np.ndarray, "N N"], head: int, causal: bool) -> None:
         """Sets the window."""

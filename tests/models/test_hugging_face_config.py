@@ -12,6 +12,7 @@ from jaxspeed.models import (
     FeedForwardConfig,
     NormConfig,
     PositionConfig,
+    SparseConfig,
 )
 from jaxspeed.models.hugging_face.config import from_json, to_json
 from jaxspeed.models.hugging_face.layout import Stored
@@ -210,6 +211,7 @@ def replace(config: DecoderConfig = MODEL, **parts: Any) -> DecoderConfig:
         ("llama", replace(position={"scaling": "linear", "factor": 2.0})),
         ("llama", replace(position={"kind": "rope", "factor": 3.0})),  # no effect
         ("llama", replace(attention={"window_layers": (1,)})),  # no effect
+        ("llama", replace(attention={"sparse": SparseConfig("local", layers=())})),
         ("mistral", replace(attention={"heads": 6, "kv_heads": 2})),  # 64 % 6
         ("mistral", replace(attention={"window": 16})),
         ("mistral", replace(attention={"window": 16, "window_layers": (0, 1, 2, 3)})),

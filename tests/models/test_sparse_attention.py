@@ -129,6 +129,17 @@ def test_training_on_a_mesh_equals_a_mask_on_one_device():
         np.testing.assert_allclose(a, b, atol=5e-5 * np.abs(b).max() + 1e-7)
 
 
+@pytest.mark.parametrize("name", SPARSE)
+def test_visible_keys_are_those_of_a_mask(name):
+    """Apart from the diagonal blocks, half of which count."""
+    sparse, length = SPARSE[name], 23
+    tokens = np.arange(length) // sparse.block
+    seen = sparse.layout(HEADS, length)[:, tokens][:, :, tokens].astype(float)
+    seen[:, tokens[:, None] == tokens] /= 2
+    found = sparse.visible_keys(HEADS, length)
+    assert found == pytest.approx(seen.mean(axis=0).sum() / length)
+
+
 def test_flops_count_the_listed_pairs():
     length, block = 24, 4
     sparse = SparseConfig(
@@ -149,6 +160,14 @@ def test_flops_count_the_listed_pairs():
     "make, message",
     [
         (lambda: SparseConfig("strided"), "sparse.mode is 'strided'; choose one of"),
+        (
+            lambda: SparseConfig(num_random_blocks=3, block=0),
+            "sparse.block is given, but mode 'dense' has .* leave block, num_random",
+        ),
+        (
+            lambda: SparseConfig("bslongformer", global_block_indices=(-1,)),
+            r"global_block_indices=\(-1,\); give 0 or more",
+        ),
         (
             lambda: SparseConfig("local", num_random_blocks=1),
             "sparse.num_random_blocks is given, but mode 'local' has only the fields",

@@ -14,6 +14,7 @@ from jaxspeed.models.hugging_face.family import Family, Json, refuse_other
 from jaxspeed.models.hugging_face.gpt2 import GPT2
 from jaxspeed.models.hugging_face.llama import LLAMA, MISTRAL
 from jaxspeed.models.hugging_face.qwen import QWEN2, QWEN3
+from jaxspeed.models.sparse_attention import SparseConfig
 from jaxspeed.models.transformer import DecoderConfig
 
 FAMILIES: dict[str, Family] = {
@@ -122,7 +123,14 @@ def _effective(config: DecoderConfig) -> DecoderConfig:
         position=L.PositionConfig(
             **{field: getattr(position, field) for field in used}
         ),
-        attention=dataclasses.replace(attention, window=window, window_layers=windowed),
+        attention=dataclasses.replace(
+            attention,
+            window=window,
+            window_layers=windowed,
+            sparse=SparseConfig()
+            if attention.sparse.layers == ()
+            else attention.sparse,
+        ),
     )
 
 
