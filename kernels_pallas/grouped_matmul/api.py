@@ -11,7 +11,7 @@ from kernels_pallas import dispatch
 from kernels_pallas.arrays import vary_like
 from kernels_pallas.grouped_matmul import reference, tpu, weights, xla
 from kernels_pallas.grouped_matmul.weights import Stored
-from kernels_pallas.quant_matmul import QuantizedTensor
+from kernels_pallas.quant_matmul import GpuTensor, QuantizedTensor
 
 NAME = "grouped_matmul"
 DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16)))
@@ -49,7 +49,7 @@ def grouped_matmul(
 
     Raises:
         ValueError: shapes that do not fit, an empty dim, an unknown implementation.
-        TypeError: unsupported or differing dtypes.
+        TypeError: unsupported or differing dtypes, or a `GpuTensor`.
     """
     _check(x, w, sizes, implementation)
     arrays = jax.tree.leaves((x, w, sizes))
@@ -111,6 +111,11 @@ def _check(x: Array, w: Stored, sizes: Array, implementation: str | None) -> Non
         "reference": reference.product,
     }
     dispatch.check(NAME, implementation, candidates)
+    if isinstance(w, GpuTensor):
+        raise TypeError(
+            "w is a GpuTensor, and no kernel takes it here; give what "
+            "`arrange_from_gpu` returns"
+        )
     fits = x.ndim == 2 and w.ndim == 3 and x.shape[1:] == w.shape[1:2]
     if not fits or sizes.shape != w.shape[:1]:
         raise ValueError(

@@ -61,7 +61,7 @@ def quant_matmul(
     Raises:
         ValueError: shapes that do not fit, an unknown implementation, or one that
             cannot run and why.
-        TypeError: `w` is no `QuantizedTensor`, or an unsupported dtype.
+        TypeError: `w` is no `QuantizedTensor` or `GpuTensor`, or an unsupported dtype.
     """
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     check(x, w, layer, out_dtype)
@@ -150,7 +150,10 @@ _multiply.defvjp(_forward, backward)
 def check(x: Array, w: Weights, layer: Array | int | None, out_dtype: Any) -> None:
     """Raises what `quant_matmul` says of shapes and dtypes."""
     if not isinstance(w, Weights):
-        raise TypeError(f"w is {type(w).__name__}; give what `quantize` returns")
+        raise TypeError(
+            f"w is {type(w).__name__}; give what `quantize` returns, or what "
+            "`arrange_for_gpu` makes of it"
+        )
     if w.ndim != (2 if layer is None else 3):
         raise ValueError(
             f"w {w.shape} with layer={layer}; give one matrix [K, N], or a stack "

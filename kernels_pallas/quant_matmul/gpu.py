@@ -24,6 +24,7 @@ from kernels_pallas.quant_matmul.gpu_plan import Plan, Problem, plan, scale_rows
 from kernels_pallas.quant_matmul.gpu_tensor import GpuTensor
 from kernels_pallas.quant_matmul.gpu_words import TILE, permute
 from kernels_pallas.quant_matmul.layouts import BLOCK
+from kernels_pallas.quant_matmul.numbers import power_of_two
 from kernels_pallas.quant_matmul.tensor import QuantizedTensor
 
 
@@ -43,11 +44,11 @@ def matmul(
     """`x @ dequantize(w)`, summed in float32.
 
     The tensor core multiplies float16 with the codes, which are exact in it. Tokens are
-    divided by powers of two, their numbers of 16 bits keep their bits; those of 32 bits
-    become two numbers, with 22 bits together.
+    divided by powers of two (`halves`). A number loses at most 2**-39 of the largest of
+    its token; and one of 32 bits, which becomes two, 2**-23 of itself besides.
     """
     padded = pad_dim(x, 1, w.padded[0])
-    codes, scales, pieces = _halves(padded.astype(jnp.float32), x.dtype)
+    codes, scales, pieces = halves(padded.astype(jnp.float32), x.dtype)
     product = _multiply(codes, w, layer).reshape(pieces, len(x), -1).sum(axis=0)
     return _finish(Rows(padded, None), w, layer, product * scales, out_dtype)
 
@@ -67,26 +68,30 @@ def matmul_rows(
     return _finish(x, w, layer, _multiply(codes, w, layer), out_dtype)
 
 
-def _halves(x: Array, given: Any) -> tuple[Array, Array, int]:
+def halves(
+    x: Float[Array, "M K"], given: Any
+) -> tuple[Float[Array, "P K"], Float[Array, "M 1"], int]:
     """Tokens as float16 numbers, one below the other; their scales; how many.
 
-    The largest of a token is brought to between 2**14 and 2**15.
+    The largest of a token is brought to between 2**14 and 2**15, and to less if it is
+    below 2**-112. Numbers of 16 bits keep the bits that are not below 2**-24, the least
+    of float16; those of 32 bits become two, the second what the first leaves.
+
+    Args:
+        x: float32 [M, K].
+        given: the dtype that x had; of 16 bits, or float32.
     """
     size = jnp.abs(x).max(axis=1, keepdims=True)
     exponent = (lax.bitcast_convert_type(size, jnp.int32) >> 23) - (127 + 14)
-    exponent = jnp.clip(exponent, -126, 112)
-    x = x * _power_of_two(-exponent)
+    exponent = jnp.clip(exponent, -126, 113)
+    x = x * power_of_two(-exponent)
     pieces = [x]
     if given == jnp.float32:
         # Not a conversion there and back, which compilers leave out.
         first = lax.reduce_precision(x, exponent_bits=5, mantissa_bits=10)
         pieces = [first, jnp.where(jnp.isfinite(first), x - first, 0.0)]
-    halves = [each.astype(jnp.float16) for each in pieces]
-    return jnp.concatenate(halves), _power_of_two(exponent), len(pieces)
-
-
-def _power_of_two(exponent: Array) -> Array:
-    return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
+    codes = jnp.concatenate([each.astype(jnp.float16) for each in pieces])
+    return codes, power_of_two(exponent), len(pieces)
 
 
 def _finish(

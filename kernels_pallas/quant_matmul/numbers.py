@@ -79,7 +79,7 @@ class Minifloat:
         exponent = jnp.maximum(stored - 127, 1 - self.bias)
         # In units of the last place of its binade a magnitude is a whole number, and
         # the codes of a format count these units from binade to binade.
-        units = size * _power_of_two(self.mantissa - exponent)
+        units = size * power_of_two(self.mantissa - exponent)
         units = jnp.where(jnp.isnan(x), 0.0, jnp.minimum(jnp.round(units), 2.0**20))
         start = (exponent - (1 - self.bias)) << self.mantissa
         magnitude = jnp.minimum(start + units.astype(jnp.int32), self.top)
@@ -94,11 +94,11 @@ class Minifloat:
             field > 0, 2**self.mantissa, 0
         )
         last_place = jnp.maximum(field, 1) - self.bias - self.mantissa
-        number = units.astype(jnp.float32) * _power_of_two(last_place)
+        number = units.astype(jnp.float32) * power_of_two(last_place)
         return jnp.where((code >> (self.bits - 1)) == 1, -number, number)
 
 
-def _power_of_two(exponent: Array) -> Array:
+def power_of_two(exponent: Array) -> Array:
     """2**exponent in float32, exactly, for exponents from -126 to 127."""
     exponent = jnp.clip(exponent, -126, 127)
     return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)

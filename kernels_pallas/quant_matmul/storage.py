@@ -10,7 +10,7 @@ import numpy as np
 
 from kernels_pallas.quant_matmul import formats
 from kernels_pallas.quant_matmul.layouts import BLOCK, LANES
-from kernels_pallas.quant_matmul.tensor import QuantizedTensor
+from kernels_pallas.quant_matmul.tensor import QuantizedTensor, check_quantized
 
 ARRAYS = ("data", "scales", "zeros", "tensor_scale")
 FIELDS = ("format", "group", "padding", "dtype")
@@ -31,7 +31,11 @@ def to_arrays(
     Returns:
         arrays, and metadata with one JSON entry of key `prefix`, for
         `safetensors.numpy.save_file(arrays, path, metadata)`.
+
+    Raises:
+        TypeError: `w` is no `QuantizedTensor`.
     """
+    check_quantized(w)
     arrays = {"data": _to_bytes(np.asarray(w.data))}
     for name in ARRAYS[1:]:
         if getattr(w, name) is not None:

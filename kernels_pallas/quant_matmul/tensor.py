@@ -188,7 +188,12 @@ def _nan_as_infinity(x: Array) -> Array:
 
 
 def dequantize(q: QuantizedTensor, dtype: Any = None) -> Float[Array, "*L K N"]:
-    """The weights, computed in float32; by default in the dtype they had."""
+    """The weights, computed in float32; by default in the dtype they had.
+
+    Raises:
+        TypeError: `q` is no `QuantizedTensor`.
+    """
+    check_quantized(q)
     return _dequantize(q, jnp.dtype(q.dtype if dtype is None else dtype))
 
 
@@ -205,6 +210,15 @@ def padded_values(q: QuantizedTensor) -> Float[Array, "*L K N"]:
     if q.zeros is not None:
         grouped = grouped - q.zeros[..., None, :]
     return (grouped * q.scale_values()[..., None, :]).reshape(values.shape)
+
+
+def check_quantized(w: Any) -> None:
+    """Raises TypeError for what is no weight in the order of files and TPUs."""
+    if not isinstance(w, QuantizedTensor):
+        raise TypeError(
+            f"the weight is {type(w).__name__}; give a `QuantizedTensor`, which "
+            "`quantize` returns, and `arrange_from_gpu` for a `GpuTensor`"
+        )
 
 
 def padding_of(rows: int, columns: int, group: int | None) -> tuple[int, int]:

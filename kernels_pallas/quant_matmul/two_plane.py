@@ -15,7 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from kernels_pallas.quant_matmul.fp6 import FP6_E3M2
-from kernels_pallas.quant_matmul.tensor import QuantizedTensor, padding_of
+from kernels_pallas.quant_matmul.tensor import (
+    QuantizedTensor,
+    check_quantized,
+    padding_of,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -33,7 +37,9 @@ def to_two_planes(w: QuantizedTensor) -> TwoPlanes:
 
     Raises:
         ValueError: another format, scales of groups, or K does not divide by 4.
+        TypeError: `w` is no `QuantizedTensor`.
     """
+    check_quantized(w)
     rows, columns = w.shape[-2:]
     if w.format_name != FP6_E3M2.name or w.group is not None:
         raise ValueError(

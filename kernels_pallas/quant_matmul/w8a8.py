@@ -51,7 +51,7 @@ def w8a8_matmul(
     Raises:
         ValueError: shapes that do not fit, an unknown implementation, activations that
             do not go with the weights.
-        TypeError: `w` is no `QuantizedTensor`, or an unsupported dtype.
+        TypeError: `w` is no `QuantizedTensor` or `GpuTensor`, or an unsupported dtype.
     """
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     api.check(x, w, layer, out_dtype)

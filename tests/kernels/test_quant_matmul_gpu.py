@@ -19,15 +19,19 @@ from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import gpu_fragments
 from kernels_pallas.gpu_fragments import Operand
+from kernels_pallas.grouped_matmul import grouped_matmul
 from kernels_pallas.quant_matmul import (
     FORMATS,
     arrange_for_gpu,
     arrange_from_gpu,
     dequantize,
+    gpu,
     gpu_products,
     partition_specs,
     quant_matmul,
     quantize,
+    to_arrays,
+    to_two_planes,
     w8a8_matmul,
 )
 from kernels_pallas.quant_matmul.gpu_plan import Problem, plan
@@ -198,6 +202,23 @@ def tokens(rows, depth, dtype=jnp.bfloat16):
     return jnp.asarray(x * 2.0 ** random.integers(-60, 60, (rows, 1)), dtype)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_halves_are_the_tokens_up_to_the_largest(dtype):
+    limits = jnp.finfo(dtype)
+    random = np.random.default_rng(0)
+    sizes = [limits.max, 1.0, 1e4 * limits.tiny]
+    x = random.uniform(-1, 1, (3, 256)) * np.asarray(sizes, np.float64)[:, None]
+    x[:, 0] = sizes
+    x[0, 1] = 1.0
+    x = np.asarray(jnp.asarray(x, dtype), np.float64)
+    codes, scales, pieces = gpu.halves(jnp.asarray(x, jnp.float32), jnp.dtype(dtype))
+    assert (codes.dtype, pieces) == (jnp.float16, 2 if dtype == "float32" else 1)
+    found = np.asarray(codes, np.float64).reshape(pieces, *x.shape).sum(axis=0)
+    lost = np.abs(found * np.asarray(scales, np.float64) - x)
+    exact = 2.0**-23 * np.abs(x) if dtype == "float32" else 0.0
+    assert (lost <= 2.0**-39 * np.abs(x).max(axis=1, keepdims=True) + exact).all()
+
+
 def assert_near(out, x, w):
     """Within 2 units of the last place, and the error of a float32 sum."""
     x = np.asarray(x.astype(jnp.float32), np.float64)
@@ -288,6 +309,20 @@ def test_what_cannot_run_says_why():
         quant_matmul(jnp.zeros((4, 512)), w, implementation="gpu")
     with pytest.raises(ValueError, match="mxfp4 has scales of 32 rows"):
         arrange_for_gpu(weight("mxfp4"))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        dequantize,
+        to_two_planes,
+        functools.partial(to_arrays, prefix="w"),
+        lambda w: grouped_matmul(jnp.zeros((4, 512)), w, jnp.asarray([4], jnp.int32)),
+    ],
+)
+def test_what_takes_no_arranged_weights_says_so(use):
+    with pytest.raises(TypeError, match=r"is a? ?GpuTensor.*`arrange_from_gpu`"):
+        use(arrange_for_gpu(weight("fp6_e3m2", (1, 512, 128))))
 
 
 @pytest.mark.parametrize("implementation", [None, "xla", "reference"])
