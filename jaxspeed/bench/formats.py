@@ -63,9 +63,14 @@ def run(source: str | None = None) -> list[dict[str, Any]]:
     rows = []
     for name, config in configurations().items():
         folder = f"{FOLDER}/{name}"
-        train(config, folder, lambda line: print(line, file=sys.stderr, flush=True))
+        if train(config, folder, _progress).interrupted:
+            raise KeyboardInterrupt
         rows += measure(name, folder)
     return rows
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def configurations() -> dict[str, Config]:
@@ -94,7 +99,7 @@ def measure(
     inputs = matrix_inputs(model, batch)
     rows, best = [], None
     for label in labels:
-        print(f"{name}: {label}", file=sys.stderr, flush=True)
+        _progress(f"{name}: {label}")
         rounded = _rounded(model, label)
         found = _bits_per_byte(rounded, config, tokenizer)
         best = found if best is None else best

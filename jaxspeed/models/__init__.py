@@ -10,6 +10,8 @@ from jaxspeed.models.layers import NormConfig as NormConfig
 from jaxspeed.models.layers import PositionConfig as PositionConfig
 from jaxspeed.models.parameters import to_decoder as to_decoder
 from jaxspeed.models.quantized import quantize as quantize
+from jaxspeed.models.quantized_file import load_quantized as load_quantized
+from jaxspeed.models.quantized_file import save_quantized as save_quantized
 from jaxspeed.models.sparse_attention import SparseConfig as SparseConfig
 from jaxspeed.models.transformer import Cache as Cache
 from jaxspeed.models.transformer import Decoder as Decoder

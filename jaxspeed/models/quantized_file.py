@@ -23,8 +23,14 @@ from jaxspeed.models.transformer import Decoder, DecoderConfig
 from kernels_pallas.quant_matmul import QuantizedTensor, from_arrays, to_arrays
 
 
-def save_quantized(model: Decoder, file: Path) -> None:
-    """Writes the parameters of a decoder that `quantize` made."""
+def save_quantized(model: Decoder, file: str | Path) -> None:
+    """Writes the parameters of a decoder that `quantize` made.
+
+    Args:
+        model: the decoder; one process has all of it.
+        file: the safetensors file, written anew. It does not hold the architecture:
+            keep `model.config` for `load_quantized`.
+    """
     arrays: dict[str, np.ndarray] = {}
     metadata: dict[str, str] = {}
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
@@ -40,7 +46,10 @@ def save_quantized(model: Decoder, file: Path) -> None:
 
 
 def load_quantized(
-    config: DecoderConfig, file: Path, mesh: Mesh | None, dtype: Any = jnp.float32
+    config: DecoderConfig,
+    file: str | Path,
+    mesh: Mesh | None = None,
+    dtype: Any = jnp.float32,
 ) -> Decoder:
     """The decoder that `save_quantized` wrote.
 
@@ -52,6 +61,7 @@ def load_quantized(
         dtype: of the parameters that are not quantized.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or of another model, or the mesh does not
             divide the packed weights.
     """
@@ -61,7 +71,7 @@ def load_quantized(
             metadata = opened.metadata() or {}
     except SafetensorError as error:
         raise ValueError(
-            f"{file} is damaged or not a safetensors file ({error}); convert again"
+            f"{file} is damaged or not a safetensors file ({error}); write it again"
         ) from error
 
     def read(leaf: spec.Leaf) -> Any:

@@ -1,5 +1,7 @@
 """The table of formats on a model that was never trained."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,8 +25,10 @@ def test_rows(folder):
     whole, half, packed = formats.measure("tiny", str(folder), labels)
     assert [row["format"] for row in (whole, half, packed)] == list(labels)
     assert (whole["bits_per_weight"], half["bits_per_weight"]) == (32, 16)
-    # Matrices of 16 rows or columns are stored as 256 and 128 of them.
-    assert packed["bits_per_weight"] > 4 + 32 / 128
+    # The seven matrices of a layer are stored as 256 x 128 codes and 2 x 128 scales.
+    weights = 2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 32
+    stored = 7 * (4 * 256 * 128 + 32 * 2 * 128)
+    assert packed["bits_per_weight"] == stored / weights
     assert whole["gemm_error"] == whole["more_than_float32"] == 0
     assert 1e-4 < half["gemm_error"] < 2**-8 < packed["gemm_error"] < 0.5
     assert packed["bits_per_byte"] != whole["bits_per_byte"] > 4
@@ -49,6 +53,14 @@ def test_inputs_are_what_the_layers_multiply():
     head = model.head(model.head.norm(x), None)
     expected = model(tokens, places.positions, places.segments)
     np.testing.assert_allclose(head[..., : expected.shape[-1]], expected, atol=1e-5)
+
+
+def test_an_interrupted_training_has_no_figures(monkeypatch):
+    outcome = types.SimpleNamespace(interrupted=True)
+    monkeypatch.setattr(formats, "train", lambda *arguments: outcome)
+    monkeypatch.setattr(formats, "measure", lambda *arguments: pytest.fail("measured"))
+    with pytest.raises(KeyboardInterrupt):
+        formats.run()
 
 
 def test_other_benches_measure_no_run(capsys):

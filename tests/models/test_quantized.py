@@ -95,6 +95,19 @@ def test_held_out_text_on_a_mesh():
     assert found.loss == pytest.approx(expected.loss, rel=1e-5)
 
 
+def test_saved_and_loaded(tmp_path):
+    model, file = quantized("fp6_e3m2"), tmp_path / "model.safetensors"
+    js.models.save_quantized(model, str(file))
+    loaded = js.models.load_quantized(CONFIG, str(file))
+    leaves = jax.tree.leaves_with_path(loaded)
+    for (path, a), b in zip(leaves, jax.tree.leaves(model), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+    with pytest.raises(ValueError, match="save it with jaxspeed"):
+        js.models.save_pretrained(model, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
 def with_infinity():
     graph, state = nnx.split(decoder())
     state = jax.tree.map(lambda x: x, state)

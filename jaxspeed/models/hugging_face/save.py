@@ -30,6 +30,7 @@ from jaxspeed.models.hugging_face.parameters import (
     letters,
     stored_sizes,
 )
+from jaxspeed.models.linear import is_quantized
 from jaxspeed.models.parameters import parameters
 from jaxspeed.models.transformer import Decoder, DecoderConfig
 
@@ -67,7 +68,7 @@ def save_pretrained(
 
     Raises:
         ValueError: no family has this architecture, `config` is missing or does not
-            describe the parameters, or the dtype cannot be written.
+            describe the parameters, they are quantized, or the dtype cannot be written.
         OSError: the folder cannot be written. It then holds the old model, or has no
             config.json and is refused.
     """
@@ -76,6 +77,11 @@ def save_pretrained(
     if config is None:
         raise ValueError("parameters do not tell their architecture: pass config=")
     params = nnx.to_pure_dict(model) if isinstance(model, nnx.State) else model
+    if any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
+        raise ValueError(
+            "the model is quantized, which a Hugging Face folder cannot hold; save it "
+            "with jaxspeed.models.save_quantized, or save the original"
+        )
     raw, sizes = to_json(config), stored_sizes(config)
     parts = _parts(params, config)
     files = split_files(
