@@ -110,10 +110,11 @@ def load_model(
         ValueError: it is neither kind, is damaged, or the mesh does not divide it.
     """
     folder = pathlib.Path(path)
+    is_run = _is_run(folder)
     if (folder / QUANTIZED).is_file():
         config = _read_run_config(folder)
         model = load_quantized(config.model, folder / QUANTIZED, mesh, dtype)
-    elif _is_run(folder):
+    elif is_run:
         model, config, _ = _load_run(folder, mesh, dtype)
     else:
         model = from_pretrained(folder, mesh=mesh, dtype=dtype)

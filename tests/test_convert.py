@@ -128,7 +128,11 @@ def test_quantized_folders_that_are_refused(tmp_path):
     convert(run, packed, format="fp6_e2m3")
     with pytest.raises(ValueError, match="holds quantized weights; convert the folder"):
         convert(packed, tmp_path / "again")
-    config = from_json((packed / "config.json").read_text())
+    written = (packed / "config.json").read_text()
+    (packed / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="or its writing was interrupted"):
+        load_model(packed)
+    config = from_json(written)
     other = dataclasses.replace(config.model, feed_forward=FeedForwardConfig(48))
     text = to_json(dataclasses.replace(config, model=other))
     (packed / "config.json").write_text(text)
