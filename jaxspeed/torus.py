@@ -123,8 +123,15 @@ def _arrangements(torus: Torus, rings: list[int]) -> Iterator[np.ndarray]:
             lines = tuple(~np.array(torus.closed) | (outer > 1))
             ways.append(_walk(box[:-1], box[-1], lines))
             outer *= box[:-1]
-        for mirrored in (False, True):
-            yield _combine(boxes, ways, mirrored)
+        yield _combine(boxes, ways, mirrored=False)
+        if any(_shared(boxes)):
+            yield _combine(boxes, ways, mirrored=True)
+
+
+def _shared(boxes: list[Place]) -> Iterator[bool]:
+    """For each side, whether more than one box has a part of it."""
+    for parts in zip(*boxes, strict=True):
+        yield sum(part > 1 for part in parts) > 1
 
 
 def _boxes(whole: Place, rings: list[int]) -> Iterator[list[Place]]:
